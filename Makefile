@@ -1,0 +1,51 @@
+# One short target per action; CI calls the same ones. `make test PYTHON=python3.13 VENV=.venv313` for another Python.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROTO_VENV := .venv-proto
+SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.py grpc_batcher/*.pyi grpc_batcher/*.pyx grpc_batcher/_proto/*)
+
+.PHONY: demo test lint debug proto check-proto clean
+
+demo: $(VENV)/installed-demo
+	$(BIN)/python examples/atari_demo.py
+
+test: $(VENV)/installed-test
+	$(BIN)/pytest tests
+
+lint: $(VENV)/installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PATH="$(abspath $(BIN)):$$PATH" cython-lint grpc_batcher/_core.pyx
+	$(BIN)/mypy
+	$(BIN)/stubtest grpc_batcher._core
+
+# The core with its invariants checked, under the same tests.
+debug: $(VENV)-debug/bin/python
+	GRPC_BATCHER_DEBUG=1 $(VENV)-debug/bin/pip install --quiet --force-reinstall --no-deps . && \
+		$(VENV)-debug/bin/pip install --quiet ".[test]"
+	$(VENV)-debug/bin/pytest tests
+
+proto: $(PROTO_VENV)/bin/python
+	$(PROTO_VENV)/bin/python scripts/generate_proto.py
+
+check-proto: $(PROTO_VENV)/bin/python
+	$(PROTO_VENV)/bin/python scripts/generate_proto.py --check
+
+clean:
+	rm -rf $(VENV) $(VENV)-debug $(PROTO_VENV) build dist *.egg-info grpc_batcher/*.so
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+%/bin/python:
+	$(PYTHON) -m venv $*
+
+$(VENV)/installed-%: $(SOURCES) | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --force-reinstall --no-deps .
+	$(BIN)/pip install --quiet ".[$*]"
+	touch $@
+
+# The generator fixes the oldest protobuf that loads its output (see the dependencies in pyproject.toml).
+$(PROTO_VENV)/bin/python:
+	$(PYTHON) -m venv $(PROTO_VENV)
+	$(PROTO_VENV)/bin/pip install --quiet "grpcio-tools==1.62.3" "setuptools<80"

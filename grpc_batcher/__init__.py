@@ -1,0 +1,26 @@
+"""Gathers single gRPC requests into batches for a model, and gives each caller its own answer."""
+
+try:
+    from . import _core as _core
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "grpc_batcher's native core is not compiled here. Run `pip install .` in the source tree, and import it from "
+        "another folder; or `pip install -e .` to work on the tree itself."
+    ) from error
+
+from ._batcher import MukoeBatcher, create_batcher
+from ._client import MukoeBatcherClient
+from ._errors import BatcherError, BindError, RequestError
+from ._metrics import Metrics
+from ._version import __version__
+
+__all__ = [
+    "BatcherError",
+    "BindError",
+    "Metrics",
+    "MukoeBatcher",
+    "MukoeBatcherClient",
+    "RequestError",
+    "__version__",
+    "create_batcher",
+]

@@ -1,0 +1,371 @@
+"""The server: its life cycle, the thread that runs the callback, and what becomes of the callback's results."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from . import _core, _forks
+from ._errors import BindError
+from ._gears import server_gear
+from ._metrics import Metrics, Recorder, summary
+from ._models import MODELS, Answer, BadResultError, Model, check_result
+from ._service import Service
+from ._threads import DaemonThreadPool
+
+_logger = logging.getLogger("grpc_batcher")
+
+# What idle streams get to end by themselves when the server stops, so that a reply just sent is not cut off.
+_STREAM_END_GRACE_S = 0.05
+
+# How long the exit of a program that never called `shutdown` waits for a callback that runs.
+_EXIT_GRACE_S = 1.0
+
+_MAX_TIMEOUT_S = 1e9
+
+
+class CallbackFailure(Exception):
+    """Why a request has no answer although its batch was given to the callback."""
+
+
+class MukoeBatcher:
+    """A server that gathers requests into batches for a callback. Made by `create_batcher`.
+
+    It is started once, by `start` or by entering it as a context manager, and shut down once, by `shutdown` or by
+    leaving it. All its methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        batch_process_fn: Callable[[list[Any]], Sequence[Any]],
+        batch_size: int,
+        batch_timeout_s: float,
+        host: str,
+        port: int,
+        max_message_bytes: int,
+        max_queue_size: int,
+        max_streams: int,
+        track_metrics: bool,
+    ) -> None:
+        self._model = model
+        self._callback = batch_process_fn
+        self._batch_timeout_s = batch_timeout_s
+        self._host = host
+        self._port = port
+        self._room = _core.WaitingRoom(batch_size, round(batch_timeout_s * 1e9), max_queue_size)
+        self._recorder = Recorder(timed=track_metrics)
+        self._service = Service(self._room, model, self._recorder, server_gear, max_streams)
+        self._options = (
+            # Two servers would share a port, and each get some of the requests.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+        )
+        self._server: grpc.Server | None = None
+        self._threads = DaemonThreadPool("grpc_batcher-stream")
+        self._batch_thread = threading.Thread(target=self._run, name="grpc_batcher-batch", daemon=True)
+        self._lock = threading.RLock()  # a signal handler may call shutdown in a thread that holds it
+        self._ready = threading.Event()
+        self._shutdown_begun = False
+        self._shutdown_done = threading.Event()
+
+    # ---- life cycle ----
+
+    def start(self) -> None:
+        """Listen and serve. The batcher is ready when this returns.
+
+        Raises BindError if the address can not be had, and RuntimeError if it was started or shut down before.
+        """
+        with self._lock:
+            if self._shutdown_begun:
+                raise RuntimeError("this batcher was shut down; create another")
+            if self._server is not None:
+                raise RuntimeError("this batcher was started already")
+            _forks.check_and_mark_used()
+            server = grpc.server(self._threads, handlers=(self._service,), options=self._options)
+            address = f"{_bracketed(self._host)}:{self._port}"
+            try:
+                port = server.add_insecure_port(address)
+            except RuntimeError as error:
+                raise BindError(f"can not listen on {address}: {error}") from None
+            if port == 0:  # grpcio before 1.60 says it so
+                raise BindError(f"can not listen on {address}; does another process?")
+            self._server = server
+            self._port = port
+            _running.add(self)
+            self._batch_thread.start()
+            server.start()
+            self._ready.set()
+        _logger.debug("serving %r on %s:%d with the %s gear", self._model.name, self._host, port, self.gear)
+
+    def is_server_ready(self) -> bool:
+        """Whether it is started and not shut down."""
+        return self._ready.is_set() and not self._shutdown_begun
+
+    def wait_until_ready(self, timeout_s: float | None = None) -> None:
+        """Wait until another thread has started it.
+
+        Raises TimeoutError after `timeout_s` seconds (None: never), and RuntimeError if it is shut down.
+        """
+        if not self._shutdown_begun and not self._ready.wait(timeout_s):
+            raise TimeoutError(f"the batcher is not ready after {timeout_s} s; was start() called?")
+        if self._shutdown_begun:
+            raise RuntimeError("this batcher was shut down")
+
+    def shutdown(self, grace_s: float = 5.0) -> None:
+        """Stop serving. Returns within the grace, give or take the time for gRPC to close its connections.
+
+        grace_s: how long those requests that were taken in may take to be answered, in seconds. New ones get
+            UNAVAILABLE at once, and so does what is left when the grace is over.
+
+        May be called again, and from any thread: all calls return when the first is done, or their own grace is over.
+        From the callback it returns at once, and the shutdown goes on behind it.
+        """
+        _check("grace_s", grace_s, _is_duration(grace_s), f"a number of seconds from 0 to {_MAX_TIMEOUT_S:.0f}")
+        if threading.current_thread() is self._batch_thread:
+            threading.Thread(target=self.shutdown, args=(grace_s,), name="grpc_batcher-shutdown").start()
+            return
+        with self._lock:
+            first = not self._shutdown_begun
+            self._shutdown_begun = True
+            self._room.close()
+            self._ready.set()  # whoever waits for it learns that it is over
+        if first:
+            try:
+                self._shut_down(grace_s, at_exit=False)
+            finally:
+                self._shutdown_done.set()
+        else:
+            self._shutdown_done.wait(grace_s)
+
+    def _shut_down(self, grace_s: float, *, at_exit: bool) -> None:
+        _running.discard(self)
+        if self._server is None:
+            return
+        end_s = time.monotonic() + grace_s
+        self._batch_thread.join(grace_s)
+        abandoned = self._room.abandon()
+        if abandoned:
+            _logger.warning(
+                "shutdown after a grace of %s s: %d requests are left without an answer", grace_s, abandoned
+            )
+        self._service.wait_until_replied(max(end_s - time.monotonic(), _STREAM_END_GRACE_S))
+        # With a grace gRPC starts a thread, which an interpreter that exits does not allow.
+        self._server.stop(None if at_exit else _STREAM_END_GRACE_S).wait()
+        self._threads.shutdown()
+
+    def __enter__(self) -> MukoeBatcher:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    # ---- what it says of itself ----
+
+    @property
+    def port(self) -> int:
+        """The port it listens on; with `port=0` the system's choice, once it is started."""
+        return self._port
+
+    @property
+    def gear(self) -> str:
+        """Which way the bytes take: "public", through grpcio's public API, is the only one so far."""
+        return server_gear.name
+
+    def metrics(self) -> Metrics:
+        """Return the counters as they are now."""
+        batches, batched_requests = self._room.batches()
+        return self._recorder.snapshot(
+            model=self._model.name,
+            batches=batches,
+            batched_requests=batched_requests,
+            waiting=self._room.waiting,
+            open_streams=self._room.open_streams,
+        )
+
+    def print_batcher_summary(self) -> None:
+        """Print the counters and the mean times."""
+        print(summary(self.metrics(), timed=self._recorder.timed))
+
+    def __repr__(self) -> str:
+        if self._shutdown_begun:
+            state = "shut down"
+        elif self._ready.is_set():
+            state = "serving"
+        else:
+            state = "not started"
+        return (
+            f"<MukoeBatcher {self._model.name!r} on {_bracketed(self._host)}:{self._port}, batches of "
+            f"{self._room.batch_size} within {self._batch_timeout_s} s, {state}>"
+        )
+
+    # ---- the batch thread ----
+
+    def _run(self) -> None:
+        while (taken := self._room.take_batch()) is not None:
+            _reason, tickets = taken
+            begin_ns = time.monotonic_ns() if self._recorder.timed else 0
+            outcomes = self._process([ticket.request for ticket in tickets])
+            if self._recorder.timed:
+                waiting_ns = sum(ticket.taken_ns - ticket.pushed_ns for ticket in tickets)
+                self._recorder.batch_timed(len(tickets), waiting_ns, time.monotonic_ns() - begin_ns)
+            self._room.finish(tickets, outcomes)
+            del taken, tickets, outcomes  # a batcher that waits keeps nothing alive
+
+    def _process(self, requests: list[Any]) -> list[Answer | CallbackFailure]:
+        """Call the callback; whatever it does, there is an outcome for each request."""
+        try:
+            results = self._callback(requests)
+            if not isinstance(results, Sequence) or isinstance(results, (str, bytes)):
+                raise BadResultError(
+                    f"must return a list with one result per request; it is a {type(results).__name__}"
+                )
+            if len(results) != len(requests):
+                raise BadResultError(
+                    f"must return one result per request; it returned {len(results)} for {len(requests)}"
+                )
+            return [self._outcome(result) for result in results]
+        except BadResultError as error:
+            _logger.error("the callback %s", error)
+            return [CallbackFailure(f"the callback {error}")] * len(requests)
+        except BaseException as error:  # SystemExit and KeyboardInterrupt, too: this is not the main thread
+            _logger.exception("the callback raised, and its batch of %d requests fails", len(requests))
+            return [CallbackFailure(f"the callback raised {_text(error)}")] * len(requests)
+
+    @staticmethod
+    def _outcome(result: Any) -> Answer | CallbackFailure:
+        if isinstance(result, BaseException):
+            return CallbackFailure(f"the callback answered this request with {_text(result)}")
+        try:
+            return check_result(result)
+        except BadResultError as error:
+            _logger.error("the callback's result for one request %s", error)
+            return CallbackFailure(f"the callback's result for this request {error}")
+
+
+def create_batcher(
+    model: str,
+    batch_size: int,
+    batch_timeout_s: float,
+    port: int = 50051,
+    num_threads: int = 16,
+    batch_process_fn: Callable[[list[Any]], Sequence[Any]] | None = None,
+    *,
+    track_metrics: bool = True,
+    host: str = "0.0.0.0",
+    max_message_bytes: int = 64 * 1024 * 1024,
+    max_queue_size: int = 8192,
+    max_streams: int = 8192,
+) -> MukoeBatcher:
+    """Return a batcher, not yet started, that serves a model to many callers.
+
+    model: "repr", whose callback gets a list of bytes, or "dyna", with a list of (bytes, int).
+    batch_size: most requests that the callback gets at once, from 1.
+    batch_timeout_s: how long the oldest request waits for others to fill its batch, in seconds; 0 for not at all.
+    port: the TCP port to listen on; 0 for one of the system's choice, then found in `.port`.
+    num_threads: taken so that calls written for the C++ wheel work; at least 1. It limits nothing.
+    batch_process_fn: called with the list of a batch's requests, on one thread, one batch at a time. Returns a list
+        with one result per request, in order: (dictionary, step), with bytes for values and an int32, or an Exception
+        instance where only that request fails. See the README for what its errors become.
+    track_metrics: whether times are measured, for `metrics()` and `print_batcher_summary()`.
+    host: the address to listen on; the default is every IPv4 interface.
+    max_message_bytes: the largest request taken; its sender gets RESOURCE_EXHAUSTED.
+    max_queue_size: most requests that may wait; the next one gets RESOURCE_EXHAUSTED.
+    max_streams: most callers' streams open at once; the next one gets RESOURCE_EXHAUSTED.
+
+    Raises ValueError or TypeError that names the argument, its value and what is allowed.
+    """
+    if not isinstance(model, str) or model not in MODELS:
+        raise ValueError(f"Invalid model: {model}")
+    for name, value, least, most in (
+        ("batch_size", batch_size, 1, 2**20),
+        ("port", port, 0, 65535),
+        ("num_threads", num_threads, 1, 2**31 - 1),
+        ("max_message_bytes", max_message_bytes, 1, 2**31 - 1),
+        ("max_queue_size", max_queue_size, 1, 2**24),
+        ("max_streams", max_streams, 1, 2**24),
+    ):
+        _check(name, value, _is_int(value) and least <= value <= most, f"an int from {least} to {most}")
+    _check(
+        "batch_timeout_s",
+        batch_timeout_s,
+        _is_duration(batch_timeout_s),
+        f"a number of seconds from 0 to {_MAX_TIMEOUT_S:.0f}",
+    )
+    _check("host", host, isinstance(host, str) and host != "", "an address such as '0.0.0.0' or '::1'")
+    if not callable(batch_process_fn):
+        raise TypeError(
+            f"batch_process_fn is {batch_process_fn!r}; it must be a function that takes a list of requests and "
+            "returns a list with one (dictionary, step) for each"
+        )
+    return MukoeBatcher(
+        model=MODELS[model],
+        batch_process_fn=batch_process_fn,
+        batch_size=int(batch_size),
+        batch_timeout_s=float(batch_timeout_s),
+        host=host,
+        port=int(port),
+        max_message_bytes=int(max_message_bytes),
+        max_queue_size=int(max_queue_size),
+        max_streams=int(max_streams),
+        track_metrics=bool(track_metrics),
+    )
+
+
+def _check(name: str, value: Any, is_good: bool, allowed: str) -> None:
+    if not is_good:
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+def _is_int(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _is_duration(value: Any) -> bool:
+    try:
+        return math.isfinite(value) and 0 <= value <= _MAX_TIMEOUT_S
+    except TypeError:
+        return False
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return f"{type(error).__name__}, whose text can not be had"
+
+
+# ---- a program that ends without `shutdown`, and forked children ----
+
+_running: weakref.WeakSet[MukoeBatcher] = weakref.WeakSet()
+
+
+def _shut_down_at_exit() -> None:
+    """End the batch threads while they can still take the GIL; later they might hang or abort the exit."""
+    for batcher in tuple(_running):
+        batcher._shutdown_begun = True
+        batcher._room.close()
+        batcher._shut_down(_EXIT_GRACE_S, at_exit=True)
+
+
+atexit.register(_shut_down_at_exit)
+os.register_at_fork(after_in_child=_running.clear)

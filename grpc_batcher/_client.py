@@ -1,0 +1,157 @@
+"""The caller's side: one request in, one answer out."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from ._errors import RequestError
+from ._gears import client_gear
+from ._models import read_answer, write_request
+from ._pool import Loan, StreamPool
+from ._service import METHOD, TAKEN_IN_KEY
+
+# The longest pause between two attempts to connect. gRPC's default is two minutes.
+_MAX_RECONNECT_BACKOFF_MS = 1000
+
+
+class MukoeBatcherClient:
+    """Sends requests to a batcher, and returns their answers.
+
+    server_address: "host:port".
+    max_message_bytes: the largest answer to accept.
+
+    Nothing is sent, and no connection made, before the first request. Any number of threads may use one client; each
+    request in flight has a stream of its own, kept for later requests and closed after a minute without one. A client
+    can be pickled. After a fork the child's client opens streams of its own (see the README for what gRPC asks for).
+    """
+
+    def __init__(self, server_address: str, *, max_message_bytes: int = 64 * 1024 * 1024) -> None:
+        if not isinstance(server_address, str) or not server_address:
+            raise ValueError(f"server_address is {server_address!r}; it must be a text such as 'host:50051'")
+        if not isinstance(max_message_bytes, int) or not 1 <= max_message_bytes < 2**31:
+            raise ValueError(f"max_message_bytes is {max_message_bytes!r}; it must be an int from 1 to {2**31 - 1}")
+        self._address = server_address
+        self._max_message_bytes = max_message_bytes
+        self._pool = StreamPool(self._connect, client_gear, METHOD)
+
+    @property
+    def gear(self) -> str:
+        """Which way the bytes take: "public", through grpcio's public API, is the only one so far."""
+        return client_gear.name
+
+    def send_request(
+        self, data: Any, action: int | None = None, *, timeout_s: float | None = None, **arguments: Any
+    ) -> tuple[dict[str, bytes], int]:
+        """Send one request, wait for its answer and return it.
+
+        data: bytes, a str (sent as UTF-8), or anything with a buffer, such as a numpy array (sent in C order).
+        action: an int32, for "dyna"; None for "repr".
+        timeout_s: how long to wait for the answer, in seconds; None for as long as it takes.
+        arguments: for further kinds of model, what their message holds.
+
+        Returns the dictionary and the step that the callback gave for this request.
+
+        Raises RequestError (a grpc.RpcError, with `code()` and `details()`) if the request ended without an answer,
+        and before anything is sent TypeError or ValueError for arguments that can not be sent, and RuntimeError on a
+        closed client.
+        """
+        arguments["data"] = _as_bytes(data)
+        if action is not None:
+            arguments["action"] = action
+        message = write_request(arguments)
+        if timeout_s is None:
+            due_ns = None
+        elif isinstance(timeout_s, (int, float)) and 0 < timeout_s < float("inf"):
+            due_ns = time.monotonic_ns() + int(timeout_s * 1e9)
+        else:
+            raise ValueError(f"timeout_s is {timeout_s!r}; it must be a number of seconds above 0, or None")
+        reply = self._exchange(message, due_ns, may_resend=True)
+        try:
+            return read_answer(reply)
+        except DecodeError as error:
+            raise RequestError(
+                grpc.StatusCode.INTERNAL, f"the server's reply of {len(reply)} bytes is no MukoeResponse: {error}"
+            ) from None
+
+    def close(self) -> None:
+        """Close all streams and the connection; requests in flight fail with CANCELLED. May be called again."""
+        self._pool.close()
+
+    def __enter__(self) -> MukoeBatcherClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle, (self._address, {"max_message_bytes": self._max_message_bytes})
+
+    def __repr__(self) -> str:
+        return f"MukoeBatcherClient({self._address!r})"
+
+    def _connect(self) -> grpc.Channel:
+        return grpc.insecure_channel(
+            self._address,
+            options=(
+                ("grpc.max_receive_message_length", self._max_message_bytes),
+                ("grpc.max_send_message_length", -1),  # the server says what it takes
+                ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_BACKOFF_MS),
+                # Or a new channel would inherit the pause after another's failure to connect.
+                ("grpc.use_local_subchannel_pool", 1),
+            ),
+        )
+
+    def _exchange(self, message: bytes, due_ns: int | None, *, may_resend: bool) -> bytes:
+        loan = self._pool.borrow(due_ns)
+        try:
+            reply = loan.stream.exchange(message)
+        except grpc.RpcError as error:
+            code = error.code()
+            self._pool.discard(loan, server_lost=code is grpc.StatusCode.UNAVAILABLE)
+            if loan.timed_out:
+                raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer within timeout_s") from None
+            if may_resend and _was_not_taken_in(loan, error):
+                return self._exchange(message, due_ns, may_resend=False)
+            raise RequestError(code, error.details() or "") from None
+        except BaseException:  # such as Ctrl-C: what comes on this stream now would be another request's answer
+            self._pool.discard(loan, server_lost=False)
+            raise
+        if reply is None:
+            self._pool.discard(loan, server_lost=False)
+            raise RequestError(grpc.StatusCode.UNAVAILABLE, "the server ended the stream without an answer")
+        self._pool.give_back(loan)
+        return reply
+
+
+def _unpickle(address: str, options: dict[str, Any]) -> MukoeBatcherClient:
+    return MukoeBatcherClient(address, **options)
+
+
+def _was_not_taken_in(loan: Loan, error: Any) -> bool:
+    """Whether the server itself said that this stream's last request, sent as the stream ended, never came in.
+
+    Only then can it be sent again without a doubt: a connection that broke says nothing about what was done before.
+    A stream's first request is not sent again: what refused it would refuse it once more.
+    """
+    if error.code() is not grpc.StatusCode.UNAVAILABLE or loan.requests < 2:
+        return False
+    taken_in = dict(error.trailing_metadata() or ()).get(TAKEN_IN_KEY)
+    return taken_in == str(loan.requests - 1)
+
+
+def _as_bytes(data: Any) -> bytes:
+    if isinstance(data, bytes):
+        return data
+    if isinstance(data, str):
+        return data.encode()
+    try:
+        return memoryview(data).tobytes()
+    except TypeError:
+        raise TypeError(f"data is a {type(data).__name__}; it must be bytes, str or an object with a buffer") from None

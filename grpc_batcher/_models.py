@@ -1,0 +1,151 @@
+"""The kinds of model: how a request travels as a message, what the callback gets of it, and what it may return.
+
+To serve a new kind, add its message to `proto/mukoe_batcher.proto` and its line to `MODELS` (see docs/new-model.md).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from google.protobuf.message import DecodeError
+
+from ._proto.mukoe_batcher_pb2 import ModelResponse, MukoeRequest, MukoeResponse
+
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+
+
+class BadRequestError(Exception):
+    """A message that the model does not take; the text says why."""
+
+
+class BadResultError(Exception):
+    """Something a callback returned that can not be an answer; the text says why."""
+
+
+class Answer(NamedTuple):
+    """What a caller gets: the callback's dictionary for it, and its step."""
+
+    dictionary: dict[str, bytes]
+    step: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """A kind of request.
+
+    name: what `create_batcher` calls it.
+    message_field: its field in the `request_type` of MukoeRequest.
+    arguments: the fields of its message that hold what `send_request` was given, by the same names. The callback
+        gets the one value, or a tuple of all in this order.
+    """
+
+    name: str
+    message_field: str
+    arguments: tuple[str, ...]
+
+    def read_request(self, message: bytes) -> Any:
+        """Return what the callback gets for a serialized MukoeRequest. Raises BadRequestError."""
+        try:
+            request = MukoeRequest.FromString(message)
+        except DecodeError as error:
+            raise BadRequestError(f"{len(message)} bytes that are no MukoeRequest: {error}") from None
+        kind = request.WhichOneof("request_type")
+        if kind != self.message_field:
+            raise BadRequestError(
+                f"the request holds {kind or 'no request_type'}; this batcher serves {self.name!r} and takes "
+                f"{self.message_field}"
+            )
+        body = getattr(request, self.message_field)
+        if len(self.arguments) == 1:
+            return getattr(body, self.arguments[0])
+        return tuple([getattr(body, name) for name in self.arguments])
+
+    def write_request(self, arguments: Mapping[str, Any]) -> bytes:
+        """Return the serialized MukoeRequest. Raises TypeError or ValueError for values that its fields do not take."""
+        request = MukoeRequest()
+        body = getattr(request, self.message_field)
+        body.SetInParent()  # or a request whose values are all defaults would hold no request_type
+        for name in self.arguments:
+            try:
+                setattr(body, name, arguments[name])
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name} is {arguments[name]!r:.200}: {error}") from None
+        return request.SerializeToString()
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("repr", "representations", ("data",)),
+        Model("dyna", "dynamics", ("data", "action")),
+    )
+}
+
+_BY_ARGUMENTS = {frozenset(model.arguments): model for model in MODELS.values()}
+if len(_BY_ARGUMENTS) != len(MODELS):
+    raise ValueError("two models take the same arguments; send_request could not tell them apart")
+
+
+def write_request(arguments: Mapping[str, Any]) -> bytes:
+    """Return the serialized request of the model that takes just these arguments.
+
+    Raises TypeError if there is none, and TypeError or ValueError for values of a wrong type or range.
+    """
+    model = _BY_ARGUMENTS.get(frozenset(arguments))
+    if model is None:
+        known = "; ".join(f"({', '.join(model.arguments)}) for {model.name!r}" for model in MODELS.values())
+        raise TypeError(f"no model takes the arguments ({', '.join(arguments)}); there are {known}")
+    return model.write_request(arguments)
+
+
+def check_result(result: Any) -> Answer:
+    """Return what a callback gave for one request as an answer that no later change of it can touch.
+
+    Raises BadResultError unless it is a pair of a dictionary with `bytes` for values, and an int32.
+    """
+    if not isinstance(result, Sequence) or len(result) != 2:
+        raise BadResultError(f"must be a pair (dictionary, step); it is {_describe(result)}")
+    dictionary, step = result
+    if not isinstance(dictionary, Mapping):
+        raise BadResultError(f"must have a dictionary first; it has {_describe(dictionary)}")
+    copy = {}
+    for key, value in dictionary.items():
+        if not isinstance(value, bytes):
+            raise BadResultError(f"must have bytes for values; under {key!r} it has {_describe(value)}")
+        text = key if type(key) is str else str(key)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadResultError(f"has the key {key!r}, which UTF-8 can not express: {error}") from None
+        copy[text] = value
+    if len(copy) != len(dictionary):
+        raise BadResultError(f"has keys that are the same as text: {list(dictionary)!r:.200}")
+    try:
+        step = operator.index(step)
+    except TypeError:
+        raise BadResultError(f"must have an int for its step; it has {_describe(step)}") from None
+    if not INT32_MIN <= step <= INT32_MAX:
+        raise BadResultError(f"has the step {step}, which is no int32")
+    return Answer(copy, step)
+
+
+def write_answer(answer: Answer) -> bytes:
+    """Return the serialized MukoeResponse."""
+    response = MukoeResponse(result=ModelResponse(step=answer.step))
+    add = response.result.dictionary.add
+    for key, value in answer.dictionary.items():
+        add(key=key, values=value)
+    return response.SerializeToString()
+
+
+def read_answer(message: bytes) -> tuple[dict[str, bytes], int]:
+    """Return the answer in a serialized MukoeResponse. Raises DecodeError."""
+    result = MukoeResponse.FromString(message).result
+    return {pair.key: pair.values for pair in result.dictionary}, result.step
+
+
+def _describe(value: Any) -> str:
+    return f"a {type(value).__name__}: {value!r:.100}"

@@ -1,0 +1,198 @@
+"""A client's open streams: lent to one request at a time, closed when idle for long or when a request takes too long.
+
+A new call costs gRPC several times what a message on an open stream does, so a stream is kept for the next request.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from . import _forks
+from ._gears import ClientGear, ClientStream
+
+# A stream that nobody borrowed for so long is closed.
+IDLE_NS = 60 * 1_000_000_000
+
+_NEVER = 2**63 - 1
+
+# What a fork left to the child of its parent's connections. To close them would write to the parent's sockets.
+_inherited: list[Any] = []
+
+
+class _Link:
+    """A channel, and how many streams it carries."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.channel = channel
+        self.streams = 0
+        self.is_current = True
+
+
+class Loan:
+    """A stream while a request has it.
+
+    timed_out: its time limit passed, and the stream was cancelled for that.
+    requests: how many were sent on it, with this one.
+    """
+
+    def __init__(self, link: _Link, stream: ClientStream) -> None:
+        self.link = link
+        self.stream = stream
+        self.timed_out = False
+        self.requests = 0
+        self.due_ns = _NEVER  # when the request's time is over; of an idle stream, when it is to be closed
+
+
+class StreamPool:
+    """Lends streams to a server.
+
+    connect: makes a channel; called as late as possible, and again after the server was lost.
+    """
+
+    def __init__(self, connect: Callable[[], grpc.Channel], gear: ClientGear, method: str) -> None:
+        self._connect = connect
+        self._gear = gear
+        self._method = method
+        self._reset()
+        _forks.register(self)
+
+    def _reset(self) -> None:
+        self._changed = threading.Condition(threading.Lock())
+        self._link: _Link | None = None
+        self._idle: list[Loan] = []  # the most recently used last, and first to be lent
+        self._lent: set[Loan] = set()
+        self._closed = False
+        self._timekeeper: threading.Thread | None = None
+        self._timekeeper_wakes_ns = _NEVER
+
+    def forget_parent(self) -> None:
+        _inherited.append((self._link, self._idle, self._lent))
+        was_closed = self._closed
+        self._reset()
+        self._closed = was_closed
+
+    def borrow(self, due_ns: int | None) -> Loan:
+        """Return a stream that was alive just now.
+
+        due_ns: monotonic time at which the stream is to be cancelled if it was not given back; None for never.
+        """
+        dead = []
+        with self._changed:
+            self._check_open()
+            loan = None
+            while self._idle and loan is None:
+                loan = self._idle.pop()
+                if not loan.stream.is_alive():
+                    dead.append(loan)
+                    loan = None
+            if loan is None:
+                loan = self._open()
+            loan.requests += 1
+            self._lent.add(loan)
+            self._set_due(loan, _NEVER if due_ns is None else due_ns)
+        for broken in dead:
+            self._drop(broken)
+        return loan
+
+    def give_back(self, loan: Loan) -> None:
+        """The request has its answer."""
+        with self._changed:
+            self._lent.discard(loan)
+            keep = not self._closed and not loan.timed_out
+            if keep:
+                self._idle.append(loan)
+                self._set_due(loan, time.monotonic_ns() + IDLE_NS)
+        if not keep:
+            self._drop(loan)
+
+    def discard(self, loan: Loan, *, server_lost: bool) -> None:
+        """The request failed, and its stream with it.
+
+        server_lost: the next stream needs a new connection. On the old channel it could fail for no other reason than
+        that an attempt to connect failed a while ago.
+        """
+        with self._changed:
+            self._lent.discard(loan)
+            if server_lost and loan.link is self._link:
+                self._link = None
+                loan.link.is_current = False
+        self._drop(loan)
+
+    def close(self) -> None:
+        """End all streams; requests that have one fail. May be called again."""
+        with self._changed:
+            self._closed = True
+            link, self._link = self._link, None
+            idle, self._idle = self._idle, []
+            lent = tuple(self._lent)
+            self._changed.notify_all()
+        if link is not None:
+            link.is_current = False
+        for loan in lent:
+            loan.stream.cancel()
+        for loan in idle:
+            self._drop(loan)
+        if link is not None and not lent and not idle:
+            link.channel.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the client is closed")
+
+    def _open(self) -> Loan:
+        if self._link is None:
+            _forks.check_and_mark_used()
+            self._link = _Link(self._connect())
+        loan = Loan(self._link, self._gear.ClientStream(self._link.channel, self._method))
+        self._link.streams += 1
+        return loan
+
+    def _drop(self, loan: Loan) -> None:
+        loan.stream.cancel()
+        with self._changed:
+            loan.link.streams -= 1
+            last = loan.link.streams == 0 and not loan.link.is_current
+        if last:
+            loan.link.channel.close()
+
+    # ---- time limits ----
+
+    def _set_due(self, loan: Loan, due_ns: int) -> None:
+        loan.due_ns = due_ns
+        if due_ns >= self._timekeeper_wakes_ns:
+            return
+        self._timekeeper_wakes_ns = due_ns
+        if self._timekeeper is None:
+            self._timekeeper = threading.Thread(target=self._keep_time, name="grpc_batcher-timekeeper", daemon=True)
+            self._timekeeper.start()
+        else:
+            self._changed.notify_all()
+
+    def _keep_time(self) -> None:
+        """Cancel what is due, and sleep until the next may be. It ends when there is nothing to wait for."""
+        while True:
+            with self._changed:
+                now_ns = time.monotonic_ns()
+                idle_too_long = [loan for loan in self._idle if loan.due_ns <= now_ns]
+                for loan in idle_too_long:
+                    self._idle.remove(loan)
+                for loan in self._lent:
+                    if loan.due_ns <= now_ns and not loan.timed_out:
+                        loan.timed_out = True
+                        loan.stream.cancel()
+                    if loan.timed_out:
+                        loan.due_ns = _NEVER
+                due_ns = min((loan.due_ns for loan in (*self._idle, *self._lent)), default=_NEVER)
+                self._timekeeper_wakes_ns = due_ns
+                if not idle_too_long:
+                    if due_ns == _NEVER or self._closed:
+                        self._timekeeper = None
+                        return
+                    self._changed.wait((due_ns - now_ns) / 1e9)
+            for loan in idle_too_long:
+                self._drop(loan)

@@ -1,0 +1,67 @@
+"""The gear that uses nothing but grpcio's public API. It works with every grpcio."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+
+import grpc
+
+from ._service import Session, StreamEnd
+
+name = "public"
+
+
+def stream_handler(open_session: Callable[[grpc.ServicerContext], Session]) -> grpc.RpcMethodHandler:
+    """Return a handler that serves each stream on a thread of its own, which waits while its request does."""
+
+    def serve(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        try:
+            session = open_session(context)
+        except StreamEnd as end:
+            _set_status(context, end)
+            return
+        try:
+            if not context.add_callback(session.close):
+                return
+            for message in messages:
+                ticket = session.accept(message)
+                ticket.wait()
+                yield session.reply(ticket)
+                session.replied()
+        except StreamEnd as end:
+            _set_status(context, end)
+        finally:
+            session.close()
+
+    return grpc.stream_stream_rpc_method_handler(serve)
+
+
+def _set_status(context: grpc.ServicerContext, end: StreamEnd) -> None:
+    context.set_trailing_metadata(end.trailing_metadata)
+    context.set_code(end.code)
+    context.set_details(end.details)
+
+
+class ClientStream:
+    """One open stream to a server, for one request at a time."""
+
+    def __init__(self, channel: grpc.Channel, method: str) -> None:
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._call = channel.stream_stream(method)(iter(self._outbox.get, None))
+
+    def exchange(self, message: bytes) -> bytes | None:
+        """Send a request and return its reply; None if the server ended the stream well and without one.
+
+        Raises grpc.RpcError, which is also a grpc.Call.
+        """
+        self._outbox.put(message)
+        return next(self._call, None)
+
+    def is_alive(self) -> bool:
+        return bool(self._call.is_active())
+
+    def cancel(self) -> None:
+        """End the stream at once. May be called from any thread, and again."""
+        self._call.cancel()
+        self._outbox.put(None)  # for the thread on which grpcio waits for the next message

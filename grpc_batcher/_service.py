@@ -1,0 +1,163 @@
+"""The server's side of a stream: a message becomes a ticket, and a ticket's outcome a reply or a gRPC status.
+
+How the bytes move between gRPC and a Session is the gear's business (see `_gears`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import grpc
+
+from . import _core
+from ._metrics import Recorder
+from ._models import Answer, BadRequestError, Model, write_answer
+
+if TYPE_CHECKING:
+    from ._gears import ServerGear
+
+METHOD = "/mukoe_batcher.MukoeService/ProcessRequest"
+
+# Sent with the status of a stream that the server ends: how many of its requests the batcher took in. The caller can
+# tell by it that its last request was not among them, and may be sent again.
+TAKEN_IN_KEY = "grpc-batcher-taken-in"
+
+# A status travels in a header, and gRPC peers refuse headers over 8 KiB; percent-encoding makes three bytes of one.
+_MAX_DETAILS_CHARACTERS = 2000
+
+_SHUTTING_DOWN = "the batcher is shutting down"
+_ENDS = {
+    _core.LEFT: (grpc.StatusCode.CANCELLED, "the caller left"),
+    _core.EXPIRED: (grpc.StatusCode.DEADLINE_EXCEEDED, "the caller's deadline passed before there was an answer"),
+    _core.CLOSED: (grpc.StatusCode.UNAVAILABLE, f"{_SHUTTING_DOWN}, and its grace was over before there was an answer"),
+}
+
+
+class StreamEnd(Exception):
+    """A stream ends with this status instead of a reply."""
+
+    def __init__(self, code: grpc.StatusCode, details: str, taken_in: int = 0) -> None:
+        super().__init__(code, details)
+        self.code = code
+        self.details = details[:_MAX_DETAILS_CHARACTERS]
+        self.trailing_metadata = ((TAKEN_IN_KEY, str(taken_in)),)
+
+
+class Session:
+    """One caller's stream. A gear calls `accept` for a message, then `reply` for its ended ticket, then `replied`.
+
+    A gear that finds the stream ended calls `close`, at any moment and from any thread.
+    """
+
+    def __init__(self, service: Service, context: grpc.ServicerContext) -> None:
+        self._service = service
+        self._stream = service.room.open_stream()
+        self._taken_in = 0
+        self.busy = False
+        self._deadline_ns = _deadline_ns(context.time_remaining())
+
+    def accept(self, message: bytes) -> _core.Ticket:
+        """Let a request in. Raises StreamEnd."""
+        self.busy = True
+        try:
+            ticket = self._stream.push(self._service.model.read_request(message), self._deadline_ns)
+        except BadRequestError as error:
+            raise self._end(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
+        except _core.QueueFullError as error:
+            raise self._end(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{error} (max_queue_size)") from None
+        except _core.RoomClosedError:
+            raise self._end(grpc.StatusCode.UNAVAILABLE, _SHUTTING_DOWN) from None
+        self._taken_in += 1
+        return ticket
+
+    def reply(self, ticket: _core.Ticket) -> bytes:
+        """Return the message that answers a ticket that has ended. Raises StreamEnd."""
+        state = ticket.state
+        if state != _core.FINISHED:
+            raise self._end(*_ENDS[state])
+        outcome = ticket.outcome
+        if not isinstance(outcome, Answer):
+            raise self._end(grpc.StatusCode.INTERNAL, str(outcome))
+        recorder = self._service.recorder
+        if recorder.timed:
+            begin_ns = time.monotonic_ns()
+            reply = write_answer(outcome)
+            end_ns = time.monotonic_ns()
+            recorder.reply_timed(end_ns - begin_ns, end_ns - ticket.pushed_ns)
+        else:
+            reply = write_answer(outcome)
+        recorder.request_ended("OK")
+        return reply
+
+    def replied(self) -> None:
+        """The reply is out; the stream is between two requests."""
+        self.busy = False
+        self._service.session_changed()
+
+    def close(self) -> None:
+        """The stream is over; a request of it that waits is dropped. May be called again."""
+        self._stream.close()
+        self.busy = False
+        self._service.session_closed(self)
+
+    def _end(self, code: grpc.StatusCode, details: str) -> StreamEnd:
+        self._service.recorder.request_ended(code.name)
+        return StreamEnd(code, details, self._taken_in)
+
+
+class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Answers the one method of the contract, with a Session a stream."""
+
+    def __init__(
+        self, room: _core.WaitingRoom, model: Model, recorder: Recorder, gear: ServerGear, max_streams: int
+    ) -> None:
+        self.room = room
+        self.model = model
+        self.recorder = recorder
+        self._max_streams = max_streams
+        self._sessions: set[Session] = set()
+        self._closing = False
+        self._changed = threading.Condition()
+        self._handler = gear.stream_handler(self.open_session)
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        return self._handler if handler_call_details.method == METHOD else None
+
+    def open_session(self, context: grpc.ServicerContext) -> Session:
+        """Raises StreamEnd if there are too many, or the batcher shuts down."""
+        if self.room.closed:
+            raise StreamEnd(grpc.StatusCode.UNAVAILABLE, _SHUTTING_DOWN)
+        with self._changed:
+            if len(self._sessions) >= self._max_streams:
+                raise StreamEnd(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    f"{self._max_streams} streams are open, and no more may be (max_streams)",
+                )
+            session = Session(self, context)
+            self._sessions.add(session)
+            return session
+
+    def session_closed(self, session: Session) -> None:
+        with self._changed:
+            self._sessions.discard(session)
+        self.session_changed()
+
+    def session_changed(self) -> None:
+        if self._closing:
+            with self._changed:
+                self._changed.notify_all()
+
+    def wait_until_replied(self, timeout_s: float) -> bool:
+        """Wait until no stream has a request that is not replied to. To be called once the room is closed."""
+        with self._changed:
+            self._closing = True
+            return self._changed.wait_for(lambda: not any(session.busy for session in self._sessions), timeout_s)
+
+
+def _deadline_ns(remaining_s: float | None) -> int | None:
+    """A call's deadline on the monotonic clock. What grpcio says of a call without one is years away, or None."""
+    if remaining_s is None or remaining_s > 1e9:
+        return None
+    return time.monotonic_ns() + int(remaining_s * 1e9)
