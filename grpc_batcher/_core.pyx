@@ -209,7 +209,7 @@ cdef class Ticket:
 
 @cython.final
 cdef class Stream:
-    """A source of requests, one at a time, made by `WaitingRoom.open_stream`. The window knows it until it is closed."""
+    """A source of single requests, made by `WaitingRoom.open_stream`. The window counts it until it is closed."""
     cdef stream_t _c
     cdef WaitingRoom _room
 
@@ -389,7 +389,7 @@ cdef class WaitingRoom:
         self._leave()
 
     def abandon(self):
-        """Close the room and its streams; whatever has no outcome yet is CLOSED. Returns how many requests that were."""
+        """Close the room and its streams; what has no outcome yet is CLOSED. Returns how many that were."""
         self.close()
         cdef Stream stream
         abandoned = 0
@@ -454,7 +454,7 @@ cdef class WaitingRoom:
         return value
 
     cdef int _admit(self, Stream stream, Ticket ticket) except -1:
-        """Put a new ticket into the ring, which then owns a reference to it. Wake the taker if that makes a batch due."""
+        """Put a new ticket into the ring, which then owns a reference to it. Wake the taker if need be."""
         cdef bint closed, full, busy
         self._enter()
         closed = self._closed
