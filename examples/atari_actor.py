@@ -1,0 +1,151 @@
+"""An actor: a process that plays one Atari game and asks the network about every move.
+
+For a move it sends its observation to the "repr" batcher. Then it tries the likeliest actions on
+the "dyna" batcher, one after the other, and plays one of those that promise most.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier, Event
+from threading import BrokenBarrierError
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+from array_packing import pack_array, unpack_array
+from atari_game import AtariGame
+
+from grpc_batcher import MukoeBatcherClient
+
+ACTIONS_TRIED = 4  # in the look-ahead; a game has 3 to 18
+DISCOUNT = 0.997  # what a point after the move is worth, beside one at once
+
+RETRY_PAUSE_S = 0.2
+GIVE_UP_AFTER_S = 10.0  # without an answer to a request
+START_LIMIT_S = 60.0  # for the processes of all actors to come up
+
+
+@dataclass
+class ActorReport:
+    """What an actor has to tell at its end. It goes to another process: plain values only."""
+
+    game: str
+    failure: str | None = None  # why it ended too early; None if it did not
+    play_s: float = 0.0
+    moves: int = 0
+    frames: int = 0
+    points: int = 0
+    games_over: int = 0
+    weights_version: int = 0  # of the network that gave the last answer
+    failed_tries: int = 0  # requests that had to be sent again
+    repr_latencies_ms: list[float] = field(default_factory=list)  # one for each answer
+    dyna_latencies_ms: list[float] = field(default_factory=list)
+
+
+def run_actor(
+    game_name: str,
+    seed: int,
+    repr_address: str,
+    dyna_address: str,
+    start_line: Barrier,
+    stop: Event,
+    reports: Queue[ActorReport],
+) -> None:
+    """Wait at the start line for the others, play until `stop` is set, and report.
+
+    This is all that an actor's process does.
+    """
+    report = ActorReport(game_name)
+    try:
+        game = AtariGame(game_name, seed)
+        rng = np.random.default_rng(seed)
+        with (
+            MukoeBatcherClient(repr_address) as repr_client,
+            MukoeBatcherClient(dyna_address) as dyna_client,
+        ):
+            start_line.wait(START_LIMIT_S)
+            started_s = time.monotonic()
+            while not stop.is_set():
+                play_move(game, rng, repr_client, dyna_client, report)
+            report.play_s = time.monotonic() - started_s
+    except BrokenBarrierError:
+        report.failure = "the actors did not all come up"
+    except Exception as error:
+        # Reported and not raised, so that one process speaks for all of them.
+        report.failure = f"{type(error).__name__}: {error}"
+        start_line.abort()  # the others must not wait for this one
+    reports.put(report)
+
+
+def play_move(
+    game: AtariGame,
+    rng: np.random.Generator,
+    repr_client: MukoeBatcherClient,
+    dyna_client: MukoeBatcherClient,
+    report: ActorReport,
+) -> None:
+    """Choose a move with a look-ahead of one step, play it, and bring the report up to date."""
+    observation = pack_array(game.observation)
+    state = ask(partial(repr_client.send_request, observation), report.repr_latencies_ms, report)
+
+    logits = unpack_array(state["policy"])
+    likeliest = sorted(game.actions, key=lambda action: -logits[action])[:ACTIONS_TRIED]
+
+    scores = []
+    for action in likeliest:
+        # The embedding goes back as it came, so it is not unpacked here. The answer holds the next
+        # embedding, from which a deeper search would go on.
+        following = ask(
+            partial(dyna_client.send_request, state["embedding"], action),
+            report.dyna_latencies_ms,
+            report,
+        )
+        reward = float(unpack_array(following["reward"]))
+        value = float(unpack_array(following["value"]))
+        scores.append(reward + DISCOUNT * value)
+
+    game.act(int(rng.choice(likeliest, p=preferences(scores))))
+    report.moves += 1
+    report.frames, report.points = game.frames, game.points
+    report.games_over = game.games_over
+
+
+def ask(
+    send: Callable[[], tuple[dict[str, bytes], int]],
+    latencies_ms: list[float],
+    report: ActorReport,
+) -> dict[str, bytes]:
+    """Send one request until it is answered, as an actor must that outlives its server.
+
+    Adds the time that the successful try took to `latencies_ms`. Raises what the last try raised
+    if there is no answer for GIVE_UP_AFTER_S.
+    """
+    give_up_at_s = time.monotonic() + GIVE_UP_AFTER_S
+    while True:
+        sent_s = time.perf_counter()
+        try:
+            answer, report.weights_version = send()
+        except grpc.RpcError:  # the server is not up yet, or it is full, or its callback raised
+            if time.monotonic() > give_up_at_s:
+                raise
+            report.failed_tries += 1
+            time.sleep(RETRY_PAUSE_S)
+        else:
+            latencies_ms.append((time.perf_counter() - sent_s) * 1e3)
+            return answer
+
+
+def preferences(scores: Sequence[float]) -> npt.NDArray[np.float64]:
+    """Turn the scores of actions into the probabilities, float64, to play them with.
+
+    Drawing, instead of taking the best, keeps a game moving: a network that knows nothing likes
+    the same action best for a long time, and that need not be the one that serves the ball.
+    """
+    scores_array = np.asarray(scores, np.float64)
+    exponentials: npt.NDArray[np.float64] = np.exp((scores_array - scores_array.mean()) / (scores_array.std() + 1e-6))
+    return exponentials / exponentials.sum()
