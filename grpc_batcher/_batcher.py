@@ -15,9 +15,9 @@ from typing import Any
 
 import grpc
 
-from . import _core, _forks
+from . import _core, _forks, _gears
+from ._delivery import Delivery
 from ._errors import BindError
-from ._gears import server_gear
 from ._metrics import Metrics, Recorder, summary
 from ._models import MODELS, Answer, BadResultError, Model, check_result
 from ._service import Service
@@ -66,13 +66,14 @@ class MukoeBatcher:
         self._port = port
         self._room = _core.WaitingRoom(batch_size, round(batch_timeout_s * 1e9), max_queue_size)
         self._recorder = Recorder(timed=track_metrics)
-        self._service = Service(self._room, model, self._recorder, server_gear, max_streams)
+        self._service = Service(self._room, model, self._recorder, max_streams, _gears.stream_handler)
         self._options = (
             # Two servers would share a port, and each get some of the requests.
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
         )
+        self._delivery = Delivery(self._room)
         self._server: grpc.Server | None = None
         self._threads = DaemonThreadPool("grpc_batcher-stream")
         self._batch_thread = threading.Thread(target=self._run, name="grpc_batcher-batch", daemon=True)
@@ -157,6 +158,8 @@ class MukoeBatcher:
         end_s = time.monotonic() + grace_s
         self._batch_thread.join(grace_s)
         abandoned = self._room.abandon()
+        self._delivery.close(max(end_s - time.monotonic(), _STREAM_END_GRACE_S))
+        self._service.end_streams()
         if abandoned:
             _logger.warning(
                 "shutdown after a grace of %s s: %d requests are left without an answer", grace_s, abandoned
@@ -184,8 +187,8 @@ class MukoeBatcher:
 
     @property
     def gear(self) -> str:
-        """Which way the bytes take: "public", through grpcio's public API, is the only one so far."""
-        return server_gear.name
+        """Which way the bytes take: "direct", or "public" through grpcio's public API alone."""
+        return _gears.current()
 
     def metrics(self) -> Metrics:
         """Return the counters as they are now."""
@@ -225,6 +228,7 @@ class MukoeBatcher:
                 waiting_ns = sum(ticket.taken_ns - ticket.pushed_ns for ticket in tickets)
                 self._recorder.batch_timed(len(tickets), waiting_ns, time.monotonic_ns() - begin_ns)
             self._room.finish(tickets, outcomes)
+            self._delivery.deliver(tickets)
             del taken, tickets, outcomes  # a batcher that waits keeps nothing alive
 
     def _process(self, requests: list[Any]) -> list[Answer | CallbackFailure]:

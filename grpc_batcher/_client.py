@@ -9,8 +9,8 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from . import _gears
 from ._errors import RequestError
-from ._gears import client_gear
 from ._models import read_answer, write_request
 from ._pool import Loan, StreamPool
 from ._service import METHOD, TAKEN_IN_KEY
@@ -37,12 +37,12 @@ class MukoeBatcherClient:
             raise ValueError(f"max_message_bytes is {max_message_bytes!r}; it must be an int from 1 to {2**31 - 1}")
         self._address = server_address
         self._max_message_bytes = max_message_bytes
-        self._pool = StreamPool(self._connect, client_gear, METHOD)
+        self._pool = StreamPool(self._connect, METHOD)
 
     @property
     def gear(self) -> str:
-        """Which way the bytes take: "public", through grpcio's public API, is the only one so far."""
-        return client_gear.name
+        """Which way the bytes take: "direct", or "public" through grpcio's public API alone."""
+        return _gears.current()
 
     def send_request(
         self, data: Any, action: int | None = None, *, timeout_s: float | None = None, **arguments: Any
@@ -70,7 +70,7 @@ class MukoeBatcherClient:
             due_ns = time.monotonic_ns() + int(timeout_s * 1e9)
         else:
             raise ValueError(f"timeout_s is {timeout_s!r}; it must be a number of seconds above 0, or None")
-        reply = self._exchange(message, due_ns, may_resend=True)
+        reply = self._exchange(message, due_ns)
         try:
             return read_answer(reply)
         except DecodeError as error:
@@ -108,8 +108,8 @@ class MukoeBatcherClient:
             ),
         )
 
-    def _exchange(self, message: bytes, due_ns: int | None, *, may_resend: bool) -> bytes:
-        loan = self._pool.borrow(due_ns)
+    def _exchange(self, message: bytes, due_ns: int | None, *, again: bool = False) -> bytes:
+        loan = self._pool.borrow(due_ns, fresh=again)
         try:
             reply = loan.stream.exchange(message)
         except grpc.RpcError as error:
@@ -117,8 +117,8 @@ class MukoeBatcherClient:
             self._pool.discard(loan, server_lost=code is grpc.StatusCode.UNAVAILABLE)
             if loan.timed_out:
                 raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer within timeout_s") from None
-            if may_resend and _was_not_taken_in(loan, error):
-                return self._exchange(message, due_ns, may_resend=False)
+            if not again and _was_not_taken_in(loan, error):
+                return self._exchange(message, due_ns, again=True)
             raise RequestError(code, error.details() or "") from None
         except BaseException:  # such as Ctrl-C: what comes on this stream now would be another request's answer
             self._pool.discard(loan, server_lost=False)

@@ -176,6 +176,11 @@ cdef class Ticket:
         return <int>state
 
     @property
+    def owner(self):
+        """What `open_stream` was given."""
+        return self._stream._owner
+
+    @property
     def pushed_ns(self):
         """When it was pushed, on the monotonic clock."""
         return self._c.pushed_ns
@@ -212,6 +217,7 @@ cdef class Stream:
     """A source of single requests, made by `WaitingRoom.open_stream`. The window counts it until it is closed."""
     cdef stream_t _c
     cdef WaitingRoom _room
+    cdef object _owner
 
     def push(self, request, deadline_ns=None):
         """Let a request in and return its Ticket; never blocks.
@@ -318,9 +324,13 @@ cdef class WaitingRoom:
 
     # ---- what callers use ----
 
-    def open_stream(self):
-        """Return a new Stream. The room keeps it until it is closed."""
+    def open_stream(self, owner=None):
+        """Return a new Stream. The room keeps it until it is closed.
+
+        owner: any object, to be found again as the `owner` of the stream's tickets.
+        """
         cdef Stream stream = Stream.__new__(Stream)
+        stream._owner = owner
         stream._room = self
         stream._c.is_open = True
         self._streams.add(stream)
@@ -334,6 +344,13 @@ cdef class WaitingRoom:
         cdef Reason reason = self._pop_if_due(self._now_ns(), &batch, &expired)
         self._leave()
         return self._hand_out(reason, batch, expired)
+
+    def is_due(self):
+        """Whether `poll_batch` would find a batch."""
+        self._enter()
+        cdef Reason reason = self._reason(self._now_ns())
+        self._leave()
+        return reason != NOT_DUE
 
     def take_batch(self):
         """Block until a batch is due and return (reason, tickets, oldest first); None once closed and empty."""

@@ -1,23 +1,21 @@
-"""Which way bytes take between gRPC and this library."""
+"""Which way bytes take between gRPC and this library: the direct gear where it works, else the public one.
+
+GRPC_BATCHER_GEAR=public (or direct) in the environment chooses, before the library is imported.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 
-from . import _public
+from . import _direct, _public
 from ._service import Session
 
-
-class ServerGear(Protocol):
-    """Moves messages between a server's streams and their sessions."""
-
-    @property
-    def name(self) -> str: ...
-
-    def stream_handler(self, open_session: Callable[[grpc.ServicerContext], Session]) -> grpc.RpcMethodHandler: ...
+_logger = logging.getLogger("grpc_batcher")
 
 
 class ClientStream(Protocol):
@@ -26,17 +24,49 @@ class ClientStream(Protocol):
     def exchange(self, message: bytes) -> bytes | None: ...
     def is_alive(self) -> bool: ...
     def cancel(self) -> None: ...
+    def close(self) -> None: ...
 
 
-class ClientGear(Protocol):
-    """Opens a client's streams."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def ClientStream(self) -> Callable[[grpc.Channel, str], ClientStream]: ...
+def current() -> str:
+    """The gear of streams that open from now on."""
+    return "direct" if _use_direct else "public"
 
 
-server_gear: ServerGear = _public
-client_gear: ClientGear = _public
+def stream_handler(open_session: Callable[[grpc.ServicerContext], Session]) -> grpc.RpcMethodHandler:
+    """Return what serves a stream that opens now."""
+    if _use_direct:
+        return _direct.stream_handler(open_session, _give_up_direct)
+    return _public.stream_handler(open_session)
+
+
+def open_stream(channel: grpc.Channel, method: str) -> ClientStream:
+    """Open a stream to a server."""
+    if _use_direct and _direct.can_carry(channel):
+        try:
+            return _direct.ClientStream(channel, method)
+        except (AttributeError, TypeError) as error:
+            _give_up_direct(error)
+    return _public.ClientStream(channel, method)
+
+
+def _give_up_direct(why: Any) -> None:
+    global _use_direct
+    if _use_direct:
+        _use_direct = False
+        _logger.warning(
+            "grpcio %s is not as the direct gear needs it (%s); the public gear serves, at less speed",
+            grpc.__version__,
+            why,
+        )
+
+
+def _chosen() -> bool:
+    wanted = os.environ.get("GRPC_BATCHER_GEAR") or "direct"
+    if wanted not in ("direct", "public"):
+        raise ImportError(f"GRPC_BATCHER_GEAR is {wanted!r} in the environment; it must be 'direct' or 'public'")
+    return wanted == "direct"
+
+
+_use_direct = _chosen()
+if _use_direct and (missing := _direct.missing_name()):
+    _give_up_direct(f"there is no {missing}")

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from . import _forks
-from ._gears import ClientGear, ClientStream
+from ._gears import ClientStream, open_stream
 
 # A stream that nobody borrowed for so long is closed.
 IDLE_NS = 60 * 1_000_000_000
@@ -54,9 +54,8 @@ class StreamPool:
     connect: makes a channel; called as late as possible, and again after the server was lost.
     """
 
-    def __init__(self, connect: Callable[[], grpc.Channel], gear: ClientGear, method: str) -> None:
+    def __init__(self, connect: Callable[[], grpc.Channel], method: str) -> None:
         self._connect = connect
-        self._gear = gear
         self._method = method
         self._reset()
         _forks.register(self)
@@ -76,16 +75,17 @@ class StreamPool:
         self._reset()
         self._closed = was_closed
 
-    def borrow(self, due_ns: int | None) -> Loan:
+    def borrow(self, due_ns: int | None, *, fresh: bool = False) -> Loan:
         """Return a stream that was alive just now.
 
         due_ns: monotonic time at which the stream is to be cancelled if it was not given back; None for never.
+        fresh: open a new one in any case.
         """
         dead = []
         with self._changed:
             self._check_open()
             loan = None
-            while self._idle and loan is None:
+            while self._idle and loan is None and not fresh:
                 loan = self._idle.pop()
                 if not loan.stream.is_alive():
                     dead.append(loan)
@@ -148,12 +148,12 @@ class StreamPool:
         if self._link is None:
             _forks.check_and_mark_used()
             self._link = _Link(self._connect())
-        loan = Loan(self._link, self._gear.ClientStream(self._link.channel, self._method))
+        loan = Loan(self._link, open_stream(self._link.channel, self._method))
         self._link.streams += 1
         return loan
 
     def _drop(self, loan: Loan) -> None:
-        loan.stream.cancel()
+        loan.stream.close()
         with self._changed:
             loan.link.streams -= 1
             last = loan.link.streams == 0 and not loan.link.is_current

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import grpc
 
-from ._service import Session, StreamEnd
+from ._service import Session, StreamEnd, set_status
 
 name = "public"
 
@@ -19,7 +19,7 @@ def stream_handler(open_session: Callable[[grpc.ServicerContext], Session]) -> g
         try:
             session = open_session(context)
         except StreamEnd as end:
-            _set_status(context, end)
+            set_status(context, end)
             return
         try:
             if not context.add_callback(session.close):
@@ -30,17 +30,11 @@ def stream_handler(open_session: Callable[[grpc.ServicerContext], Session]) -> g
                 yield session.reply(ticket)
                 session.replied()
         except StreamEnd as end:
-            _set_status(context, end)
+            set_status(context, end)
         finally:
             session.close()
 
     return grpc.stream_stream_rpc_method_handler(serve)
-
-
-def _set_status(context: grpc.ServicerContext, end: StreamEnd) -> None:
-    context.set_trailing_metadata(end.trailing_metadata)
-    context.set_code(end.code)
-    context.set_details(end.details)
 
 
 class ClientStream:
@@ -64,4 +58,8 @@ class ClientStream:
     def cancel(self) -> None:
         """End the stream at once. May be called from any thread, and again."""
         self._call.cancel()
-        self._outbox.put(None)  # for the thread on which grpcio waits for the next message
+
+    def close(self) -> None:
+        """Cancel the stream, and let go of the thread on which grpcio waits for its next message."""
+        self._call.cancel()
+        self._outbox.put(None)

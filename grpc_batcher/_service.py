@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import grpc
 
 from . import _core
 from ._metrics import Recorder
 from ._models import Answer, BadRequestError, Model, write_answer
-
-if TYPE_CHECKING:
-    from ._gears import ServerGear
 
 METHOD = "/mukoe_batcher.MukoeService/ProcessRequest"
 
@@ -45,16 +42,32 @@ class StreamEnd(Exception):
         self.trailing_metadata = ((TAKEN_IN_KEY, str(taken_in)),)
 
 
+def set_status(context: grpc.ServicerContext, end: StreamEnd) -> None:
+    """Have grpcio end the stream so, once it ends."""
+    context.set_trailing_metadata(end.trailing_metadata)
+    context.set_code(end.code)
+    context.set_details(end.details)
+
+
 class Session:
     """One caller's stream. A gear calls `accept` for a message, then `reply` for its ended ticket, then `replied`.
 
     A gear that finds the stream ended calls `close`, at any moment and from any thread.
+
+    on_reply_due: called with a ticket that ended, from the thread that delivers a batch; None if the gear has a
+        thread of its own wait for the ticket.
+    on_shutdown: called to end the stream once the batcher takes no more requests; None if the gear leaves that to
+        gRPC's stop of the server.
     """
+
+    on_reply_due: Callable[[_core.Ticket], None] | None = None
+    on_shutdown: Callable[[StreamEnd], None] | None = None
 
     def __init__(self, service: Service, context: grpc.ServicerContext) -> None:
         self._service = service
-        self._stream = service.room.open_stream()
+        self._stream = service.room.open_stream(self)
         self._taken_in = 0
+        self._unanswered: list[_core.Ticket] = []  # the request that was taken in and has no reply yet
         self.busy = False
         self._deadline_ns = _deadline_ns(context.time_remaining())
 
@@ -70,10 +83,13 @@ class Session:
         except _core.RoomClosedError:
             raise self._end(grpc.StatusCode.UNAVAILABLE, _SHUTTING_DOWN) from None
         self._taken_in += 1
+        self._unanswered.append(ticket)
         return ticket
 
     def reply(self, ticket: _core.Ticket) -> bytes:
         """Return the message that answers a ticket that has ended. Raises StreamEnd."""
+        if not self._count_once():
+            raise StreamEnd(*_ENDS[_core.LEFT], self._taken_in)
         state = ticket.state
         if state != _core.FINISHED:
             raise self._end(*_ENDS[state])
@@ -96,11 +112,31 @@ class Session:
         self.busy = False
         self._service.session_changed()
 
+    def shut_down(self) -> None:
+        """The batcher takes no more requests, and has given up on those without an outcome."""
+        for ticket in tuple(self._unanswered):
+            if ticket.state == _core.CLOSED and self.on_reply_due is not None:
+                self.on_reply_due(ticket)
+        if self.on_shutdown is not None:
+            self.on_shutdown(StreamEnd(grpc.StatusCode.UNAVAILABLE, _SHUTTING_DOWN, self._taken_in))
+
     def close(self) -> None:
         """The stream is over; a request of it that waits is dropped. May be called again."""
         self._stream.close()
         self.busy = False
         self._service.session_closed(self)
+        if self._count_once():
+            late = self._deadline_ns is not None and time.monotonic_ns() >= self._deadline_ns
+            code, _details = _ENDS[_core.EXPIRED if late else _core.LEFT]
+            self._service.recorder.request_ended(code.name)
+
+    def _count_once(self) -> bool:
+        """Whether the request that was taken in is still to be counted. A reply and the caller's leaving may race."""
+        try:
+            self._unanswered.pop()
+        except IndexError:
+            return False
+        return True
 
     def _end(self, code: grpc.StatusCode, details: str) -> StreamEnd:
         self._service.recorder.request_ended(code.name)
@@ -111,19 +147,26 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Answers the one method of the contract, with a Session a stream."""
 
     def __init__(
-        self, room: _core.WaitingRoom, model: Model, recorder: Recorder, gear: ServerGear, max_streams: int
+        self,
+        room: _core.WaitingRoom,
+        model: Model,
+        recorder: Recorder,
+        max_streams: int,
+        stream_handler: Callable[[Callable[[grpc.ServicerContext], Session]], grpc.RpcMethodHandler],
     ) -> None:
         self.room = room
         self.model = model
         self.recorder = recorder
         self._max_streams = max_streams
+        self._stream_handler = stream_handler
         self._sessions: set[Session] = set()
         self._closing = False
         self._changed = threading.Condition()
-        self._handler = gear.stream_handler(self.open_session)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        return self._handler if handler_call_details.method == METHOD else None
+        if handler_call_details.method != METHOD:
+            return None
+        return self._stream_handler(self.open_session)
 
     def open_session(self, context: grpc.ServicerContext) -> Session:
         """Raises StreamEnd if there are too many, or the batcher shuts down."""
@@ -148,6 +191,13 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         if self._closing:
             with self._changed:
                 self._changed.notify_all()
+
+    def end_streams(self) -> None:
+        """Tell every session that it is over. To be called once the room is closed and abandoned."""
+        with self._changed:
+            sessions = tuple(self._sessions)
+        for session in sessions:
+            session.shut_down()
 
     def wait_until_replied(self, timeout_s: float) -> bool:
         """Wait until no stream has a request that is not replied to. To be called once the room is closed."""

@@ -1,0 +1,50 @@
+"""Who sends a batch's replies: the batch thread, unless it has something better to do."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+from . import _core
+
+
+class Delivery:
+    """Hands ended tickets to their sessions, where the gear wants that.
+
+    The thread that ran the callback does it itself, which saves waking another, as long as no further batch is due.
+    What is left then goes to a second thread, so that replies are sent while the next callback runs.
+    """
+
+    def __init__(self, room: _core.WaitingRoom) -> None:
+        self._room = room
+        self._left_over: queue.SimpleQueue[list[_core.Ticket] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def deliver(self, tickets: list[_core.Ticket]) -> None:
+        """Deliver the tickets of a batch. To be called by one thread."""
+        for number, ticket in enumerate(tickets):
+            if ticket.owner.on_reply_due is None:
+                continue
+            if self._room.is_due():
+                self._leave(tickets[number:])
+                return
+            ticket.owner.on_reply_due(ticket)
+
+    def close(self, timeout_s: float) -> None:
+        """Wait, for so long at the most, until all is delivered. To be called after the last `deliver`."""
+        if self._thread is not None:
+            self._left_over.put(None)
+            self._thread.join(timeout_s)
+
+    def _leave(self, tickets: list[_core.Ticket]) -> None:
+        self._left_over.put(tickets)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="grpc_batcher-replies", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while (tickets := self._left_over.get()) is not None:
+            for ticket in tickets:
+                if ticket.owner.on_reply_due is not None:
+                    ticket.owner.on_reply_due(ticket)
+            del tickets, ticket  # a thread that waits keeps nothing alive

@@ -1,0 +1,339 @@
+"""The gear that speaks to grpcio's own layer below its public API, and so saves most of the thread hand-overs.
+
+On the server the handler returns at once and no thread is parked for the stream. Each message that arrives runs
+`_ServerStream._on_event` in the thread that polls for gRPC; the reply goes out together with the next receive, as one
+batch of operations and one event. The server, and with it TLS, interceptors, deadlines and shutdown, stay grpcio's.
+On the client a request is one batch (send, receive) on a call with a completion queue of its own, and one wait.
+
+It leans on these names, which are alike in grpcio 1.49.1, 1.62.3, 1.71.2 and 1.85.1. Each is what grpcio's own
+streams are made of, so that it can hardly change alone:
+
+server, grpc._server
+    _Context._rpc_event.call.start_server_batch(operations, tag): how every handler's receive and reply are started. The
+        polling thread calls the tag with the event, and takes (state, callbacks) from it.
+    _Context._state (_RPCState): its `condition` guards it, `due` holds what is outstanding, and a call is over once it
+        is empty; `initial_metadata_allowed` says whether a reply must bring the initial metadata along.
+    _is_rpc_state_active, _possibly_finish_call, _get_initial_metadata_operation: what grpcio's tags and sends call.
+        Our operations are in `due` through them like its own, so that the server's stop waits for ours, too.
+    a behavior's `experimental_non_blocking`: has it called with a function that ends the call, on a thread that is
+        free again when it returns.
+client, grpc._cython.cygrpc
+    Channel.segregated_call: how grpcio's blocking calls are made; a SegregatedCall has `operate`, `next_event` and
+        `cancel`. The call lives as long as an operation is outstanding: its status, from the first to the last.
+operations, grpc._cython.cygrpc
+    Send- and ReceiveInitialMetadataOperation, Send- and ReceiveMessageOperation, ReceiveStatusOnClientOperation.
+
+Where one is missing the public gear serves; where one behaves otherwise it takes over from then on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import grpc
+
+from ._core import Ticket
+from ._service import Session, StreamEnd, set_status
+
+_logger = logging.getLogger("grpc_batcher")
+
+name = "direct"
+
+_NO_FLAGS = 0
+
+# grpcio knows its outstanding operations by such a token; a stream has no more than one of ours.
+_TOKEN = "grpc_batcher"
+
+try:
+    from grpc._cython import cygrpc
+    from grpc._server import (
+        _Context,
+        _get_initial_metadata_operation,
+        _is_rpc_state_active,
+        _possibly_finish_call,
+        _RPCState,
+    )
+except ImportError as error:
+    _import_error: ImportError | None = error
+else:
+    _import_error = None
+
+
+def missing_name() -> str | None:
+    """Return the name that this grpcio lacks, or None if the gear can be tried."""
+    if _import_error is not None:
+        return str(_import_error)
+    needed = {
+        cygrpc: (
+            "Channel",
+            "ReceiveInitialMetadataOperation",
+            "ReceiveMessageOperation",
+            "ReceiveStatusOnClientOperation",
+            "SegregatedCall",
+            "SendInitialMetadataOperation",
+            "SendMessageOperation",
+        ),
+    }
+    for owner, names in needed.items():
+        for each in names:
+            if not hasattr(owner, each):
+                return f"{owner.__name__}.{each}"
+    for each in ("operate", "next_event", "cancel"):
+        if not hasattr(cygrpc.SegregatedCall, each):
+            return f"SegregatedCall.{each}"
+    if not hasattr(cygrpc.Channel, "segregated_call"):
+        return "Channel.segregated_call"
+    state = _RPCState()
+    for each in ("condition", "due", "callbacks", "initial_metadata_allowed"):
+        if not hasattr(state, each):
+            return f"_RPCState.{each}"
+    context = _Context(None, state, None)
+    for each in ("_rpc_event", "_state"):
+        if not hasattr(context, each):
+            return f"_Context.{each}"
+    return None
+
+
+# ---- the server's end ----
+
+
+def stream_handler(
+    open_session: Callable[[grpc.ServicerContext], Session], give_up: Callable[[Exception], None]
+) -> grpc.RpcMethodHandler:
+    """Return a handler that serves each stream in gRPC's polling thread and in those that deliver replies.
+
+    give_up: called where grpcio turns out to be otherwise than this gear needs; the stream then ends UNAVAILABLE, and
+        the caller's next is served by the gear that is chosen instead.
+    """
+
+    def serve(
+        messages: Iterator[bytes], context: grpc.ServicerContext, send_response: Callable[[None], None] | None = None
+    ) -> Iterator[bytes] | None:
+        over = threading.Event()
+        end_call = over.set if send_response is None else partial(send_response, None)
+        try:
+            session = open_session(context)
+            try:
+                _ServerStream(session, context, end_call).begin()
+            except (AttributeError, TypeError) as error:
+                session.close()
+                give_up(error)
+                raise StreamEnd(grpc.StatusCode.UNAVAILABLE, f"grpcio is not as expected: {error}") from None
+        except StreamEnd as end:
+            set_status(context, end)
+            end_call()
+        # With an interceptor in between, grpcio calls this function like any other and wants an iterator.
+        return _wait_for(over) if send_response is None else None
+
+    serve.experimental_non_blocking = True  # type: ignore[attr-defined]
+    return grpc.stream_stream_rpc_method_handler(serve)
+
+
+def _wait_for(over: threading.Event) -> Iterator[bytes]:
+    over.wait()
+    return
+    yield
+
+
+class _ServerStream:
+    """Moves one stream's messages. It is driven by events of its own operations, and by the end of its tickets.
+
+    end_call: has grpcio send the status that the context was given.
+    """
+
+    def __init__(self, session: Session, context: grpc.ServicerContext, end_call: Callable[[], None]) -> None:
+        self._session = session
+        self._context = context
+        self._end_call = end_call
+        self._call = context._rpc_event.call
+        self._state = context._state
+        self._ended = False
+        session.on_reply_due = self._send_reply
+        session.on_shutdown = self._end
+
+    def begin(self) -> None:
+        if self._context.add_callback(self._close):
+            self._start((cygrpc.ReceiveMessageOperation(_NO_FLAGS),))
+        else:
+            self._close()
+
+    def _close(self) -> None:
+        """The call is over, for whatever reason."""
+        self._session.close()
+        with self._state.condition:
+            self._ended = True
+        self._end_call()
+
+    def _start(self, operations: Sequence[Any]) -> None:
+        """Start operations, of which the last is to receive. On a call that is over nothing happens."""
+        with self._state.condition:
+            if not _is_rpc_state_active(self._state):
+                return
+            if self._state.initial_metadata_allowed and len(operations) > 1:
+                operations = (_get_initial_metadata_operation(self._state, None), *operations)
+                self._state.initial_metadata_allowed = False
+            error = self._call.start_server_batch(operations, self._on_event)
+            if error:
+                raise RuntimeError(f"gRPC refused to start operations on a stream, with its error {error}")
+            self._state.due.add(_TOKEN)
+
+    def _on_event(self, event: Any) -> tuple[Any, Any]:
+        """The operations are done. Runs in the polling thread, which would not survive an exception."""
+        with self._state.condition:
+            finished = _possibly_finish_call(self._state, _TOKEN)
+        try:
+            message = event.batch_operations[-1].message()
+            if message is None:  # half-closed or broken; on a broken stream no status is sent
+                self._end(None)
+            else:
+                self._session.accept(message)
+        except StreamEnd as end:
+            self._end(end)
+        except Exception as error:
+            self._fail(error)
+        return finished  # type: ignore[no-any-return]
+
+    def _send_reply(self, ticket: Ticket) -> None:
+        """The ticket has ended. Runs in any thread."""
+        try:
+            reply = self._session.reply(ticket)
+            self._start(
+                (cygrpc.SendMessageOperation(reply, _NO_FLAGS), cygrpc.ReceiveMessageOperation(_NO_FLAGS)),
+            )
+            self._session.replied()
+        except StreamEnd as end:
+            self._end(end)
+        except Exception as error:
+            self._fail(error)
+
+    def _end(self, end: StreamEnd | None) -> None:
+        """Send the stream's status: OK if there is no other."""
+        with self._state.condition:
+            if self._ended:
+                return
+            self._ended = True
+            if end is not None:
+                set_status(self._context, end)
+        self._end_call()
+
+    def _fail(self, error: Exception) -> None:
+        _logger.error("a stream failed", exc_info=error)
+        self._end(StreamEnd(grpc.StatusCode.INTERNAL, f"the server failed: {type(error).__name__}: {error}"))
+
+
+# ---- the client's end ----
+
+_STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+# The user tags of a call's events.
+_STATUS = "status"
+_OPENING = "opening"
+_EXCHANGE = "exchange"
+_PROBE = "probe"
+
+# A stream that was used so recently is taken to be alive without asking gRPC.
+_PROBE_AFTER_NS = 10_000_000
+
+
+class CallEnd(grpc.RpcError):  # type: ignore[misc]
+    """The status of a call that ended; the part of grpc.Call that a caller of `exchange` needs."""
+
+    def __init__(self, status: Any) -> None:
+        super().__init__(status.code(), status.details())
+        self._status = status
+
+    def code(self) -> grpc.StatusCode:
+        return _STATUS_CODES.get(self._status.code(), grpc.StatusCode.UNKNOWN)
+
+    def details(self) -> str:
+        return str(self._status.details())
+
+    def trailing_metadata(self) -> Any:
+        return self._status.trailing_metadata()
+
+
+def can_carry(channel: grpc.Channel) -> bool:
+    """Whether streams can be opened on this channel: one that grpc.intercept_channel made hides what is needed."""
+    return hasattr(getattr(channel, "_channel", None), "segregated_call")
+
+
+class ClientStream:
+    """One open stream to a server, for one request at a time. All but `cancel` are for one thread at a time."""
+
+    def __init__(self, channel: grpc.Channel, method: str) -> None:
+        self._status: Any = None
+        self._outstanding = 3
+        self._used_ns = time.monotonic_ns()
+        self._call = channel._channel.segregated_call(
+            cygrpc.PropagationConstants.GRPC_PROPAGATE_DEFAULTS,
+            method.encode(),
+            None,
+            None,
+            None,
+            None,
+            (
+                ((cygrpc.ReceiveStatusOnClientOperation(_NO_FLAGS),), _STATUS),
+                ((cygrpc.SendInitialMetadataOperation(None, _NO_FLAGS),), _OPENING),
+                ((cygrpc.ReceiveInitialMetadataOperation(_NO_FLAGS),), _OPENING),
+            ),
+        )
+
+    def exchange(self, message: bytes) -> bytes | None:
+        """Send a request and return its reply; None if the server ended the stream well and without one.
+
+        Raises grpc.RpcError, with code(), details() and trailing_metadata().
+        """
+        operations = (
+            cygrpc.SendMessageOperation(message, _NO_FLAGS),
+            cygrpc.ReceiveMessageOperation(_NO_FLAGS),
+        )
+        if self._operate(operations, _EXCHANGE):
+            reply = self._next_event(_EXCHANGE).batch_operations[1].message()
+            if reply is not None:
+                self._used_ns = time.monotonic_ns()
+                return reply  # type: ignore[no-any-return]
+        while self._status is None:
+            self._next_event(_STATUS)
+        if self._status.code() == cygrpc.StatusCode.ok:
+            return None
+        raise CallEnd(self._status)
+
+    def is_alive(self) -> bool:
+        if self._status is None and time.monotonic_ns() - self._used_ns > _PROBE_AFTER_NS:
+            # An empty batch is done at once. A status that came before it is found on the way.
+            if self._operate((), _PROBE):
+                self._next_event(_PROBE)
+            self._used_ns = time.monotonic_ns()
+        return self._status is None
+
+    def cancel(self) -> None:
+        """End the stream at once. May be called from any thread, and again."""
+        self._call.cancel(cygrpc.StatusCode.cancelled, "the caller cancelled")
+
+    def close(self) -> None:
+        """Cancel the stream, and wait for what is outstanding to be gone: until then gRPC keeps the call."""
+        if self._outstanding:
+            self.cancel()
+        while self._outstanding:
+            self._next_event(None)
+
+    def _operate(self, operations: Sequence[Any], tag: str) -> bool:
+        if self._outstanding and self._call.operate(operations, tag):
+            self._outstanding += 1
+            return True
+        return False
+
+    def _next_event(self, tag: str | None) -> Any:
+        """Wait for the event of this tag, or for any with None."""
+        while True:
+            event = self._call.next_event()
+            self._outstanding -= 1
+            if event.tag == _STATUS:
+                self._status = event.batch_operations[0]
+            if tag is None or event.tag == tag:
+                return event
