@@ -16,9 +16,9 @@ test: $(VENV)/installed-test
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	PATH="$(abspath $(BIN)):$$PATH" cython-lint grpc_batcher/_core.pyx
+	PATH="$(abspath $(BIN)):$$PATH" cython-lint grpc_batcher
 	$(BIN)/mypy
-	$(BIN)/stubtest grpc_batcher._core
+	$(BIN)/stubtest grpc_batcher._core grpc_batcher._wire
 
 # The core with its invariants checked, under the same tests.
 debug: $(VENV)-debug/bin/python

@@ -1,6 +1,6 @@
-"""The native core. Everything else about the package stands in pyproject.toml.
+"""The native modules. Everything else about the package stands in pyproject.toml.
 
-GRPC_BATCHER_DEBUG=1 builds it with its invariants checked and symbols for a debugger.
+GRPC_BATCHER_DEBUG=1 builds them with their invariants checked and symbols for a debugger.
 """
 
 import os
@@ -10,12 +10,15 @@ from setuptools import Extension, setup
 
 debug = os.environ.get("GRPC_BATCHER_DEBUG", "0") not in ("", "0")
 
-core = Extension(
-    "grpc_batcher._core",
-    ["grpc_batcher/_core.pyx"],
-    extra_compile_args=["-pthread", "-Wall", *(["-O1", "-g", "-UNDEBUG"] if debug else ["-O2"])],
-    extra_link_args=["-pthread"],
-    define_macros=[] if debug else [("NDEBUG", "1")],
-)
+extensions = [
+    Extension(
+        f"grpc_batcher.{name}",
+        [f"grpc_batcher/{name}.pyx"],
+        extra_compile_args=["-pthread", "-Wall", *(["-O1", "-g", "-UNDEBUG"] if debug else ["-O2"])],
+        extra_link_args=["-pthread"],
+        define_macros=[] if debug else [("NDEBUG", "1")],
+    )
+    for name in ("_core", "_wire")
+]
 
-setup(ext_modules=cythonize([core], language_level=3, build_dir="build"))
+setup(ext_modules=cythonize(extensions, language_level=3, build_dir="build"))

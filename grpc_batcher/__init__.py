@@ -2,9 +2,10 @@
 
 try:
     from . import _core as _core
-except ModuleNotFoundError as error:
+    from . import _wire as _wire
+except ImportError as error:
     raise ImportError(
-        "grpc_batcher's native core is not compiled here. Run `pip install .` in the source tree, and import it from "
+        "grpc_batcher's native modules are not compiled here, or for another Python. Run `pip install .` in the source tree, and import it from "
         "another folder; or `pip install -e .` to work on the tree itself."
     ) from error
 

@@ -60,7 +60,7 @@ class MukoeBatcherClient:
         and before anything is sent TypeError or ValueError for arguments that can not be sent, and RuntimeError on a
         closed client.
         """
-        arguments["data"] = _as_bytes(data)
+        arguments["data"] = data.encode() if isinstance(data, str) else data
         if action is not None:
             arguments["action"] = action
         message = write_request(arguments)
@@ -144,14 +144,3 @@ def _was_not_taken_in(loan: Loan, error: Any) -> bool:
         return False
     taken_in = dict(error.trailing_metadata() or ()).get(TAKEN_IN_KEY)
     return taken_in == str(loan.requests - 1)
-
-
-def _as_bytes(data: Any) -> bytes:
-    if isinstance(data, bytes):
-        return data
-    if isinstance(data, str):
-        return data.encode()
-    try:
-        return memoryview(data).tobytes()
-    except TypeError:
-        raise TypeError(f"data is a {type(data).__name__}; it must be bytes, str or an object with a buffer") from None
