@@ -5,8 +5,8 @@ try:
     from . import _wire as _wire
 except ImportError as error:
     raise ImportError(
-        "grpc_batcher's native modules are not compiled here, or for another Python. Run `pip install .` in the source tree, and import it from "
-        "another folder; or `pip install -e .` to work on the tree itself."
+        "grpc_batcher's native modules are not compiled here, or for another Python. Run `pip install .` in the source "
+        "tree, and import it from another folder; or `pip install -e .` to work on the tree itself."
     ) from error
 
 from ._batcher import MukoeBatcher, create_batcher

@@ -58,12 +58,16 @@ class MukoeBatcher:
         max_queue_size: int,
         max_streams: int,
         track_metrics: bool,
+        credentials: grpc.ServerCredentials | None,
+        interceptors: Sequence[grpc.ServerInterceptor],
     ) -> None:
         self._model = model
         self._callback = batch_process_fn
         self._batch_timeout_s = batch_timeout_s
         self._host = host
         self._port = port
+        self._credentials = credentials
+        self._interceptors = interceptors
         self._room = _core.WaitingRoom(batch_size, round(batch_timeout_s * 1e9), max_queue_size)
         self._recorder = Recorder(timed=track_metrics)
         self._service = Service(self._room, model, self._recorder, max_streams, _gears.stream_handler)
@@ -95,21 +99,36 @@ class MukoeBatcher:
             if self._server is not None:
                 raise RuntimeError("this batcher was started already")
             _forks.check_and_mark_used()
-            server = grpc.server(self._threads, handlers=(self._service,), options=self._options)
-            address = f"{_bracketed(self._host)}:{self._port}"
-            try:
-                port = server.add_insecure_port(address)
-            except RuntimeError as error:
-                raise BindError(f"can not listen on {address}: {error}") from None
-            if port == 0:  # grpcio before 1.60 says it so
-                raise BindError(f"can not listen on {address}; does another process?")
+            server = grpc.server(
+                self._threads, handlers=(self._service,), interceptors=self._interceptors, options=self._options
+            )
+            self._port = self._bind(server)
             self._server = server
-            self._port = port
             _running.add(self)
             self._batch_thread.start()
             server.start()
             self._ready.set()
-        _logger.debug("serving %r on %s:%d with the %s gear", self._model.name, self._host, port, self.gear)
+        _logger.debug("serving %r on %s with the %s gear", self._model.name, self.address, self.gear)
+        if self._credentials is None and not _is_local(self._host):
+            _logger.warning(
+                "serving %r on %s in plaintext, to whoever can reach it; give create_batcher credentials=, or "
+                "host='127.0.0.1' for this machine alone",
+                self._model.name,
+                self.address,
+            )
+
+    def _bind(self, server: grpc.Server) -> int:
+        """Return the port that the server listens on; for a unix socket what was asked for."""
+        try:
+            if self._credentials is None:
+                port = server.add_insecure_port(self.address)
+            else:
+                port = server.add_secure_port(self.address, self._credentials)
+        except RuntimeError as error:
+            raise BindError(f"can not listen on {self.address}: {error}") from None
+        if port == 0:  # grpcio before 1.60 says it so
+            raise BindError(f"can not listen on {self.address}; does another process?")
+        return self._port if _is_unix(self._host) else int(port)
 
     def is_server_ready(self) -> bool:
         """Whether it is started and not shut down."""
@@ -181,6 +200,13 @@ class MukoeBatcher:
     # ---- what it says of itself ----
 
     @property
+    def address(self) -> str:
+        """What it listens on, as gRPC writes it: "0.0.0.0:50051", "[::1]:50051", "unix:/run/batcher.sock"."""
+        if _is_unix(self._host):
+            return self._host
+        return f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
+
+    @property
     def port(self) -> int:
         """The port it listens on; with `port=0` the system's choice, once it is started."""
         return self._port
@@ -213,7 +239,7 @@ class MukoeBatcher:
         else:
             state = "not started"
         return (
-            f"<MukoeBatcher {self._model.name!r} on {_bracketed(self._host)}:{self._port}, batches of "
+            f"<MukoeBatcher {self._model.name!r} on {self.address}, batches of "
             f"{self._room.batch_size} within {self._batch_timeout_s} s, {state}>"
         )
 
@@ -275,6 +301,8 @@ def create_batcher(
     max_message_bytes: int = 64 * 1024 * 1024,
     max_queue_size: int = 8192,
     max_streams: int = 8192,
+    credentials: grpc.ServerCredentials | None = None,
+    interceptors: Sequence[grpc.ServerInterceptor] = (),
 ) -> MukoeBatcher:
     """Return a batcher, not yet started, that serves a model to many callers.
 
@@ -287,10 +315,13 @@ def create_batcher(
         with one result per request, in order: (dictionary, step), with bytes for values and an int32, or an Exception
         instance where only that request fails. See the README for what its errors become.
     track_metrics: whether times are measured, for `metrics()` and `print_batcher_summary()`.
-    host: the address to listen on; the default is every IPv4 interface.
+    host: the address to listen on, such as "127.0.0.1" or "::1", or a unix socket, such as "unix:/run/batcher.sock",
+        which has no port; the default is every IPv4 interface.
     max_message_bytes: the largest request taken; its sender gets RESOURCE_EXHAUSTED.
     max_queue_size: most requests that may wait; the next one gets RESOURCE_EXHAUSTED.
     max_streams: most callers' streams open at once; the next one gets RESOURCE_EXHAUSTED.
+    credentials: such as grpc.ssl_server_credentials gives, for TLS; None for plaintext.
+    interceptors: gRPC's server interceptors, for instance to check a token in the metadata.
 
     Raises ValueError or TypeError that names the argument, its value and what is allowed.
     """
@@ -322,12 +353,14 @@ def create_batcher(
         batch_process_fn=batch_process_fn,
         batch_size=int(batch_size),
         batch_timeout_s=float(batch_timeout_s),
-        host=host,
+        host=host.strip("[]"),
         port=int(port),
         max_message_bytes=int(max_message_bytes),
         max_queue_size=int(max_queue_size),
         max_streams=int(max_streams),
         track_metrics=bool(track_metrics),
+        credentials=credentials,
+        interceptors=tuple(interceptors),
     )
 
 
@@ -347,8 +380,12 @@ def _is_duration(value: Any) -> bool:
         return False
 
 
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+def _is_unix(host: str) -> bool:
+    return host.startswith(("unix:", "unix-abstract:"))
+
+
+def _is_local(host: str) -> bool:
+    return _is_unix(host) or host.startswith("127.") or host in ("localhost", "::1")
 
 
 def _text(error: BaseException) -> str:

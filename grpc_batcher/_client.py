@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -22,27 +23,45 @@ _MAX_RECONNECT_BACKOFF_MS = 1000
 class MukoeBatcherClient:
     """Sends requests to a batcher, and returns their answers.
 
-    server_address: "host:port".
+    server_address: "host:port", or any target that gRPC resolves, such as "unix:/run/batcher.sock" or
+        "ipv4:10.0.0.1:50051,10.0.0.2:50051".
     max_message_bytes: the largest answer to accept.
+    credentials: such as grpc.ssl_channel_credentials gives, for TLS; None for plaintext.
+    options: further channel options of gRPC's, which override this library's own.
+    interceptors: gRPC's client interceptors. They put this client in the public gear.
+    metadata: pairs to send as each stream opens, for instance a token.
 
     Nothing is sent, and no connection made, before the first request. Any number of threads may use one client; each
     request in flight has a stream of its own, kept for later requests and closed after a minute without one. A client
     can be pickled. After a fork the child's client opens streams of its own (see the README for what gRPC asks for).
     """
 
-    def __init__(self, server_address: str, *, max_message_bytes: int = 64 * 1024 * 1024) -> None:
+    def __init__(
+        self,
+        server_address: str,
+        *,
+        max_message_bytes: int = 64 * 1024 * 1024,
+        credentials: grpc.ChannelCredentials | None = None,
+        options: Sequence[tuple[str, Any]] = (),
+        interceptors: Sequence[grpc.StreamStreamClientInterceptor] = (),
+        metadata: Sequence[tuple[str, str | bytes]] = (),
+    ) -> None:
         if not isinstance(server_address, str) or not server_address:
             raise ValueError(f"server_address is {server_address!r}; it must be a text such as 'host:50051'")
         if not isinstance(max_message_bytes, int) or not 1 <= max_message_bytes < 2**31:
             raise ValueError(f"max_message_bytes is {max_message_bytes!r}; it must be an int from 1 to {2**31 - 1}")
         self._address = server_address
         self._max_message_bytes = max_message_bytes
-        self._pool = StreamPool(self._connect, METHOD)
+        self._credentials = credentials
+        self._options = tuple(options)
+        self._interceptors = tuple(interceptors)
+        self._metadata = tuple(metadata)
+        self._pool = StreamPool(self._connect, METHOD, self._metadata)
 
     @property
     def gear(self) -> str:
         """Which way the bytes take: "direct", or "public" through grpcio's public API alone."""
-        return _gears.current()
+        return "public" if self._interceptors else _gears.current()
 
     def send_request(
         self, data: Any, action: int | None = None, *, timeout_s: float | None = None, **arguments: Any
@@ -91,22 +110,35 @@ class MukoeBatcherClient:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (self._address, {"max_message_bytes": self._max_message_bytes})
+        if self._credentials is not None or self._interceptors:
+            raise TypeError(
+                "a client with credentials or interceptors can not be pickled, as gRPC's objects can not; create it in "
+                "the process that uses it"
+            )
+        plain = {
+            "max_message_bytes": self._max_message_bytes,
+            "options": self._options,
+            "metadata": self._metadata,
+        }
+        return _unpickle, (self._address, plain)
 
     def __repr__(self) -> str:
         return f"MukoeBatcherClient({self._address!r})"
 
     def _connect(self) -> grpc.Channel:
-        return grpc.insecure_channel(
-            self._address,
-            options=(
-                ("grpc.max_receive_message_length", self._max_message_bytes),
-                ("grpc.max_send_message_length", -1),  # the server says what it takes
-                ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_BACKOFF_MS),
-                # Or a new channel would inherit the pause after another's failure to connect.
-                ("grpc.use_local_subchannel_pool", 1),
-            ),
+        options = (
+            ("grpc.max_receive_message_length", self._max_message_bytes),
+            ("grpc.max_send_message_length", -1),  # the server says what it takes
+            ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_BACKOFF_MS),
+            # Or a new channel would inherit the pause after another's failure to connect.
+            ("grpc.use_local_subchannel_pool", 1),
+            *self._options,
         )
+        if self._credentials is None:
+            channel = grpc.insecure_channel(self._address, options)
+        else:
+            channel = grpc.secure_channel(self._address, self._credentials, options)
+        return grpc.intercept_channel(channel, *self._interceptors) if self._interceptors else channel
 
     def _exchange(self, message: bytes, due_ns: int | None, *, again: bool = False) -> bytes:
         loan = self._pool.borrow(due_ns, fresh=again)

@@ -265,7 +265,7 @@ def can_carry(channel: grpc.Channel) -> bool:
 class ClientStream:
     """One open stream to a server, for one request at a time. All but `cancel` are for one thread at a time."""
 
-    def __init__(self, channel: grpc.Channel, method: str) -> None:
+    def __init__(self, channel: grpc.Channel, method: str, metadata: Sequence[tuple[str, Any]]) -> None:
         self._status: Any = None
         self._outstanding = 3
         self._used_ns = time.monotonic_ns()
@@ -278,7 +278,7 @@ class ClientStream:
             None,
             (
                 ((cygrpc.ReceiveStatusOnClientOperation(_NO_FLAGS),), _STATUS),
-                ((cygrpc.SendInitialMetadataOperation(None, _NO_FLAGS),), _OPENING),
+                ((cygrpc.SendInitialMetadataOperation(tuple(metadata), _NO_FLAGS),), _OPENING),
                 ((cygrpc.ReceiveInitialMetadataOperation(_NO_FLAGS),), _OPENING),
             ),
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import grpc
@@ -39,14 +39,14 @@ def stream_handler(open_session: Callable[[grpc.ServicerContext], Session]) -> g
     return _public.stream_handler(open_session)
 
 
-def open_stream(channel: grpc.Channel, method: str) -> ClientStream:
+def open_stream(channel: grpc.Channel, method: str, metadata: Sequence[tuple[str, Any]] = ()) -> ClientStream:
     """Open a stream to a server."""
     if _use_direct and _direct.can_carry(channel):
         try:
-            return _direct.ClientStream(channel, method)
+            return _direct.ClientStream(channel, method, metadata)
         except (AttributeError, TypeError) as error:
             _give_up_direct(error)
-    return _public.ClientStream(channel, method)
+    return _public.ClientStream(channel, method, metadata)
 
 
 def _give_up_direct(why: Any) -> None:

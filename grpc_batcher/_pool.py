@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -54,9 +54,10 @@ class StreamPool:
     connect: makes a channel; called as late as possible, and again after the server was lost.
     """
 
-    def __init__(self, connect: Callable[[], grpc.Channel], method: str) -> None:
+    def __init__(self, connect: Callable[[], grpc.Channel], method: str, metadata: Sequence[tuple[str, Any]]) -> None:
         self._connect = connect
         self._method = method
+        self._metadata = metadata
         self._reset()
         _forks.register(self)
 
@@ -148,7 +149,7 @@ class StreamPool:
         if self._link is None:
             _forks.check_and_mark_used()
             self._link = _Link(self._connect())
-        loan = Loan(self._link, open_stream(self._link.channel, self._method))
+        loan = Loan(self._link, open_stream(self._link.channel, self._method, self._metadata))
         self._link.streams += 1
         return loan
 

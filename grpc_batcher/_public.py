@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grpc
 
@@ -40,9 +41,9 @@ def stream_handler(open_session: Callable[[grpc.ServicerContext], Session]) -> g
 class ClientStream:
     """One open stream to a server, for one request at a time."""
 
-    def __init__(self, channel: grpc.Channel, method: str) -> None:
+    def __init__(self, channel: grpc.Channel, method: str, metadata: Sequence[tuple[str, Any]]) -> None:
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._call = channel.stream_stream(method)(iter(self._outbox.get, None))
+        self._call = channel.stream_stream(method)(iter(self._outbox.get, None), metadata=metadata)
 
     def exchange(self, message: bytes) -> bytes | None:
         """Send a request and return its reply; None if the server ended the stream well and without one.
