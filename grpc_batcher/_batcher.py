@@ -214,7 +214,7 @@ class MukoeBatcher:
     @property
     def gear(self) -> str:
         """Which way the bytes take: "direct", or "public" through grpcio's public API alone."""
-        return _gears.current()
+        return _gears.server_gear()
 
     def metrics(self) -> Metrics:
         """Return the counters as they are now."""

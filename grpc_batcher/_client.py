@@ -61,7 +61,7 @@ class MukoeBatcherClient:
     @property
     def gear(self) -> str:
         """Which way the bytes take: "direct", or "public" through grpcio's public API alone."""
-        return "public" if self._interceptors else _gears.current()
+        return "public" if self._interceptors else _gears.client_gear()
 
     def send_request(
         self, data: Any, action: int | None = None, *, timeout_s: float | None = None, **arguments: Any

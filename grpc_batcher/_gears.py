@@ -1,6 +1,7 @@
 """Which way bytes take between gRPC and this library: the direct gear where it works, else the public one.
 
-GRPC_BATCHER_GEAR=public (or direct) in the environment chooses, before the library is imported.
+GRPC_BATCHER_GEAR=public (or direct) in the environment chooses, before the library is imported; server/client, such as
+public/direct, chooses for each end.
 """
 
 from __future__ import annotations
@@ -27,21 +28,26 @@ class ClientStream(Protocol):
     def close(self) -> None: ...
 
 
-def current() -> str:
-    """The gear of streams that open from now on."""
-    return "direct" if _use_direct else "public"
+def server_gear() -> str:
+    """The gear of the streams that callers open from now on."""
+    return _server
+
+
+def client_gear() -> str:
+    """The gear of the streams that this process opens from now on."""
+    return _client
 
 
 def stream_handler(open_session: Callable[[grpc.ServicerContext], Session]) -> grpc.RpcMethodHandler:
-    """Return what serves a stream that opens now."""
-    if _use_direct:
+    """Return what serves a stream that a caller opens now."""
+    if _server == "direct":
         return _direct.stream_handler(open_session, _give_up_direct)
     return _public.stream_handler(open_session)
 
 
 def open_stream(channel: grpc.Channel, method: str, metadata: Sequence[tuple[str, Any]] = ()) -> ClientStream:
     """Open a stream to a server."""
-    if _use_direct and _direct.can_carry(channel):
+    if _client == "direct" and _direct.can_carry(channel):
         try:
             return _direct.ClientStream(channel, method, metadata)
         except (AttributeError, TypeError) as error:
@@ -49,10 +55,10 @@ def open_stream(channel: grpc.Channel, method: str, metadata: Sequence[tuple[str
     return _public.ClientStream(channel, method, metadata)
 
 
-def _give_up_direct(why: Any) -> None:
-    global _use_direct
-    if _use_direct:
-        _use_direct = False
+def _give_up_direct(why: object) -> None:
+    global _server, _client
+    if "direct" in (_server, _client):
+        _server = _client = "public"
         _logger.warning(
             "grpcio %s is not as the direct gear needs it (%s); the public gear serves, at less speed",
             grpc.__version__,
@@ -60,13 +66,15 @@ def _give_up_direct(why: Any) -> None:
         )
 
 
-def _chosen() -> bool:
+def _chosen() -> tuple[str, str]:
     wanted = os.environ.get("GRPC_BATCHER_GEAR") or "direct"
-    if wanted not in ("direct", "public"):
+    server, _, client = wanted.partition("/")
+    client = client or server
+    if not {server, client} <= {"direct", "public"}:
         raise ImportError(f"GRPC_BATCHER_GEAR is {wanted!r} in the environment; it must be 'direct' or 'public'")
-    return wanted == "direct"
+    return server, client
 
 
-_use_direct = _chosen()
-if _use_direct and (missing := _direct.missing_name()):
+_server, _client = _chosen()
+if missing := _direct.missing_name():
     _give_up_direct(f"there is no {missing}")

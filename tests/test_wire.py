@@ -22,9 +22,6 @@ from grpc_batcher._proto.mukoe_batcher_pb2 import (
 INT32 = st.integers(-(2**31), 2**31 - 1)
 ANSWERS = st.builds(Answer, st.dictionaries(st.text(), st.binary()), INT32)
 
-settings.register_profile("wire", deadline=None, max_examples=300)
-settings.load_profile("wire")
-
 
 def read_request_with_protobuf(model: str, message: bytes) -> object:
     """What a message means to a model, by protobuf alone; None if it means nothing."""
@@ -105,6 +102,7 @@ ANSWER_MESSAGES = st.one_of(
 )
 
 
+@settings(max_examples=300)
 @given(st.binary(), INT32)
 @example(b"", 0)
 @example(b"x" * 127, -1)
@@ -117,6 +115,7 @@ def test_written_requests_are_protobufs_to_the_byte(data: bytes, action: int) ->
     assert MODELS["repr"].write_request({"data": data}) == rep.SerializeToString()
 
 
+@settings(max_examples=300)
 @given(ANSWERS)
 @example(Answer({"": b""}, 0))
 @example(Answer({"key": b"x" * 200_000}, -1))
@@ -128,6 +127,7 @@ def test_written_answers_are_protobufs_to_the_byte(answer: Answer) -> None:
     assert _models.read_answer(message) == answer
 
 
+@settings(max_examples=300)
 @given(mangled(REQUEST_MESSAGES))
 @example(b"")
 @example(b"\x0a\x00")
@@ -143,6 +143,7 @@ def test_any_request_means_to_us_what_it_means_to_protobuf(message: bytes) -> No
         assert read_request(model, message) == read_request_with_protobuf(model, message)
 
 
+@settings(max_examples=300)
 @given(mangled(ANSWER_MESSAGES))
 @example(b"")
 @example(b"\x0a\x00")
