@@ -163,11 +163,9 @@ class _ServerStream:
             self._close()
 
     def _close(self) -> None:
-        """The call is over, for whatever reason."""
+        """The call is over: the caller cancelled it or is gone, or it has its status."""
         self._session.close()
-        with self._state.condition:
-            self._ended = True
-        self._end_call()
+        self._end(None)
 
     def _start(self, operations: Sequence[Any]) -> None:
         """Start operations, of which the last is to receive. On a call that is over nothing happens."""
