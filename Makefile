@@ -37,6 +37,7 @@ clean:
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+.PRECIOUS: %/bin/python
 %/bin/python:
 	$(PYTHON) -m venv $*
 

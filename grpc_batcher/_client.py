@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -56,7 +58,10 @@ class MukoeBatcherClient:
         self._options = tuple(options)
         self._interceptors = tuple(interceptors)
         self._metadata = tuple(metadata)
-        self._pool = StreamPool(self._connect, METHOD, self._metadata)
+        connect = partial(_connect, server_address, max_message_bytes, credentials, self._options, self._interceptors)
+        self._pool = StreamPool(connect, METHOD, self._metadata)
+        # For clients that are dropped without `close`. A process that exits needs no such farewell.
+        weakref.finalize(self, self._pool.close).atexit = False
 
     @property
     def gear(self) -> str:
@@ -125,21 +130,6 @@ class MukoeBatcherClient:
     def __repr__(self) -> str:
         return f"MukoeBatcherClient({self._address!r})"
 
-    def _connect(self) -> grpc.Channel:
-        options = (
-            ("grpc.max_receive_message_length", self._max_message_bytes),
-            ("grpc.max_send_message_length", -1),  # the server says what it takes
-            ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_BACKOFF_MS),
-            # Or a new channel would inherit the pause after another's failure to connect.
-            ("grpc.use_local_subchannel_pool", 1),
-            *self._options,
-        )
-        if self._credentials is None:
-            channel = grpc.insecure_channel(self._address, options)
-        else:
-            channel = grpc.secure_channel(self._address, self._credentials, options)
-        return grpc.intercept_channel(channel, *self._interceptors) if self._interceptors else channel
-
     def _exchange(self, message: bytes, due_ns: int | None, *, again: bool = False) -> bytes:
         loan = self._pool.borrow(due_ns, fresh=again)
         try:
@@ -160,6 +150,28 @@ class MukoeBatcherClient:
             raise RequestError(grpc.StatusCode.UNAVAILABLE, "the server ended the stream without an answer")
         self._pool.give_back(loan)
         return reply
+
+
+def _connect(
+    address: str,
+    max_message_bytes: int,
+    credentials: grpc.ChannelCredentials | None,
+    options: Sequence[tuple[str, Any]],
+    interceptors: Sequence[grpc.StreamStreamClientInterceptor],
+) -> grpc.Channel:
+    all_options = (
+        *options,  # first: gRPC takes the first of two
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", -1),  # the server says what it takes
+        ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_BACKOFF_MS),
+        # Or a new channel would inherit the pause after another's failure to connect.
+        ("grpc.use_local_subchannel_pool", 1),
+    )
+    if credentials is None:
+        channel = grpc.insecure_channel(address, all_options)
+    else:
+        channel = grpc.secure_channel(address, credentials, all_options)
+    return grpc.intercept_channel(channel, *interceptors) if interceptors else channel
 
 
 def _unpickle(address: str, options: dict[str, Any]) -> MukoeBatcherClient:

@@ -96,7 +96,7 @@ cdef struct ticket_t:
     int64_t pushed_ns
     int64_t taken_ns
     int64_t deadline_ns
-    pthread_cond_t settled   # signalled when the state is for good
+    pthread_cond_t settled   # broadcast when the state is for good
     ticket_t *next           # chains tickets on their way out of the room
 
 # Waits must not follow the wall clock: it jumps.
@@ -224,8 +224,8 @@ cdef class Stream:
 
         deadline_ns: monotonic time from which the request is worth nothing; None for never.
 
-        On a closed stream the ticket is LEFT at once. Raises QueueFullError or RoomClosedError if the room takes no
-        more, and RuntimeError while the stream's last request has no outcome.
+        Raises RoomClosedError or QueueFullError if the room takes no more, and RuntimeError while the stream's last
+        request has no outcome. On a stream that was closed, in an open room, the ticket is LEFT at once.
         """
         cdef Ticket ticket = Ticket.__new__(Ticket)
         ticket._stream = self
@@ -386,15 +386,21 @@ cdef class WaitingRoom:
                 ticket = tickets[i]
                 if ticket._stream._room is not self:
                     raise ValueError("a ticket of another room")
-                ticket.outcome = outcomes[i]
                 settled[i] = &ticket._c
+            self._enter()
+            self._leave_out_ended(settled, count)
+            self._leave()
+            # Before the state says that it is there, and never again once the ticket ended.
+            for i in range(count):
+                if settled[i] != NULL:
+                    (<Ticket>settled[i].owner).outcome = outcomes[i]
             self._enter()
             self._settle_answered(settled, count, self._now_ns())
             self._leave()
             # After the mutex, or those who wake would only queue up for it.
             for i in range(count):
                 if settled[i] != NULL:
-                    pthread_cond_signal(&settled[i].settled)
+                    pthread_cond_broadcast(&settled[i].settled)
         finally:
             PyMem_Free(settled)
 
@@ -477,18 +483,18 @@ cdef class WaitingRoom:
         closed = self._closed
         full = self._waiting >= self.capacity
         busy = stream._c.unfinished != NULL
-        if not stream._c.is_open:
+        if not stream._c.is_open and not closed:
             ticket._c.state = _LEFT
         elif not (closed or full or busy):
             Py_INCREF(ticket)
             self._push(&stream._c, &ticket._c, self._now_ns())
         self._leave()
-        if ticket._c.state == _LEFT:
-            return 0
         if busy:
             raise RuntimeError("this stream's last request has no outcome yet; a stream has one request at a time")
         if closed:
             raise RoomClosedError("the room is closed")
+        if ticket._c.state == _LEFT:
+            return 0
         if full:
             raise QueueFullError(f"{self.capacity} requests wait, and no more may")
         return 0
@@ -503,7 +509,7 @@ cdef class WaitingRoom:
         if ticket != NULL:
             left_the_ring = ticket.state == _WAITING
             self._settle(ticket, state)
-            pthread_cond_signal(&ticket.settled)
+            pthread_cond_broadcast(&ticket.settled)
         if stream._c.is_open:
             stream._c.is_open = False
             self._forget_answer(&stream._c)
@@ -640,11 +646,18 @@ cdef class WaitingRoom:
         """Finish the tickets that still stand as taken; those that ended otherwise meanwhile become NULL."""
         cdef Py_ssize_t i
         for i in range(count):
-            if tickets[i].state != _TAKEN:
+            if tickets[i] == NULL or tickets[i].state != _TAKEN:  # again, for one that is listed twice
                 tickets[i] = NULL
                 continue
             self._settle(tickets[i], _FINISHED)
             self._remember_answer(tickets[i].stream, now_ns)
+
+    cdef void _leave_out_ended(self, ticket_t **tickets, Py_ssize_t count) noexcept nogil:
+        """NULL stands for a ticket that is not, or no longer, taken."""
+        cdef Py_ssize_t i
+        for i in range(count):
+            if tickets[i] != NULL and tickets[i].state != _TAKEN:
+                tickets[i] = NULL
 
     cdef Reason _pop_if_due(self, int64_t now_ns, ticket_t **batch, ticket_t **expired) noexcept nogil:
         """Take the oldest requests if a batch is due; those whose deadline has passed leave too, but into `expired`."""
@@ -657,7 +670,7 @@ cdef class WaitingRoom:
             ticket = self._ring[self._popped & self._mask]
             if now_ns >= ticket.deadline_ns:
                 self._settle(ticket, _EXPIRED)
-                pthread_cond_signal(&ticket.settled)
+                pthread_cond_broadcast(&ticket.settled)
                 ticket.next = expired[0]
                 expired[0] = ticket
                 continue

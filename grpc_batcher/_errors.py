@@ -7,8 +7,6 @@ BatcherError
 
 from __future__ import annotations
 
-import errno
-
 import grpc
 
 
@@ -18,9 +16,6 @@ class BatcherError(Exception):
 
 class BindError(BatcherError, OSError):
     """The server can not listen on its address, most often because another process does."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(errno.EADDRINUSE, message)
 
 
 class RequestError(BatcherError, grpc.RpcError):  # type: ignore[misc]

@@ -62,7 +62,7 @@ class StreamPool:
         _forks.register(self)
 
     def _reset(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        self._changed = threading.Condition()  # reentrant: the garbage collector may close the pool at any moment
         self._link: _Link | None = None
         self._idle: list[Loan] = []  # the most recently used last, and first to be lent
         self._lent: set[Loan] = set()
@@ -194,6 +194,6 @@ class StreamPool:
                     if due_ns == _NEVER or self._closed:
                         self._timekeeper = None
                         return
-                    self._changed.wait((due_ns - now_ns) / 1e9)
+                    self._changed.wait(min((due_ns - now_ns) / 1e9, threading.TIMEOUT_MAX))
             for loan in idle_too_long:
                 self._drop(loan)

@@ -1,0 +1,50 @@
+// Calls a "repr" and a "dyna" batcher as anyone could who has the proto: node client.js PROTO REPR_ADDRESS DYNA_ADDRESS
+// Prints what came, a line of JSON for each stream: the answers, and the status that the stream ended with.
+'use strict';
+
+const grpc = require('@grpc/grpc-js');
+const protoLoader = require('@grpc/proto-loader');
+
+const [proto, reprAddress, dynaAddress] = process.argv.slice(2);
+const { mukoe_batcher: contract } = grpc.loadPackageDefinition(protoLoader.loadSync(proto, { keepCase: true, defaults: true }));
+
+// One stream: each request goes out once the last one's answer is in, then the stream is half-closed.
+function exchange(address, requests) {
+  return new Promise((resolve) => {
+    const client = new contract.MukoeService(address, grpc.credentials.createInsecure());
+    const call = client.ProcessRequest();
+    const waiting = [...requests];
+    const answers = [];
+    const sendNext = () => (waiting.length ? call.write(waiting.shift()) : call.end());
+    call.on('data', ({ result }) => {
+      const dictionary = {};
+      for (const { key, values } of result.dictionary) dictionary[key] = values.toString('hex');
+      answers.push([dictionary, result.step]);
+      sendNext();
+    });
+    call.on('error', () => {}); // the status says it
+    call.on('status', ({ code, details }) => {
+      client.close();
+      resolve({ answers, code: grpc.status[code], details });
+    });
+    sendNext();
+  });
+}
+
+const repr = (data) => ({ representations: { data: Buffer.from(data) } });
+const dyna = (data, action) => ({ dynamics: { data: Buffer.from(data), action } });
+
+async function main() {
+  const numbered = Array.from({ length: 5 }, (_, number) => `${number}`);
+  const results = [
+    await exchange(reprAddress, [repr('hi')]), // as the old clients do: a stream for a request
+    await exchange(reprAddress, numbered.map(repr)), // several on one stream
+    await exchange(reprAddress, [repr(Buffer.alloc(884736, 0x5a))]),
+    await exchange(dynaAddress, [dyna('hi', 3), dyna('', -(2 ** 31)), dyna('x', 2 ** 31 - 1)]),
+    await exchange(reprAddress, [dyna('hi', 3)]), // the wrong kind
+    ...(await Promise.all(numbered.map((data) => exchange(reprAddress, [repr(data)])))),
+  ];
+  for (const result of results) console.log(JSON.stringify(result));
+}
+
+main();

@@ -1,0 +1,200 @@
+"""The waiting room as the core's docstrings tell it, in plain Python: what the tests hold the core against.
+
+It knows one thread and a clock that is set by hand. It keeps every ticket it ever let in and works all else out anew
+each time, so that it has no counter, list or ring that could be wrong in the way the core's could be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from grpc_batcher._core import (
+    CLOSED,
+    EXPIRED,
+    FINISHED,
+    LEFT,
+    REASONS,
+    TAKEN,
+    WAITING,
+    ManualClock,
+    QueueFullError,
+    RoomClosedError,
+)
+
+SECOND_NS = 1_000_000_000
+MAX_WINDOW_NS = (2**63 - 1) // 4
+
+
+class Ticket:
+    def __init__(self, stream: Stream, request: Any, deadline_ns: int | None) -> None:
+        self.stream = stream
+        self.request = request
+        self.outcome: Any = None
+        self.state = WAITING
+        self.deadline_ns = deadline_ns
+        self.pushed_ns = 0
+        self.taken_ns = 0
+
+    @property
+    def owner(self) -> Any:
+        return self.stream.owner
+
+    def is_past_deadline(self) -> bool:
+        return self.deadline_ns is not None and self.stream.room.clock.now_ns >= self.deadline_ns
+
+    def has_ended(self) -> bool:
+        return self.state not in (WAITING, TAKEN)
+
+    def wait(self) -> int:
+        """Only where the core's `wait` comes back at once: nobody else is here to end the ticket."""
+        if not self.has_ended() and self.is_past_deadline():
+            self.state = EXPIRED
+        assert self.has_ended(), "the core would block here"
+        return self.state
+
+
+class Stream:
+    def __init__(self, room: WaitingRoom, owner: Any) -> None:
+        self.room = room
+        self.owner = owner
+        self.is_open = True
+        self.answered_ns: int | None = None
+
+    def push(self, request: Any, deadline_ns: int | None = None) -> Ticket:
+        room = self.room
+        ticket = Ticket(self, request, deadline_ns)
+        if room.unfinished_of(self):
+            raise RuntimeError("this stream's last request has no outcome yet; a stream has one request at a time")
+        if room.closed:
+            raise RoomClosedError("the room is closed")
+        if not self.is_open:
+            ticket.state = LEFT
+            return ticket
+        if room.waiting == room.capacity:
+            raise QueueFullError(f"{room.capacity} requests wait, and no more may")
+        ticket.pushed_ns = room.clock.now_ns
+        room.let_in.append(ticket)
+        return ticket
+
+    def close(self) -> None:
+        self.is_open = False
+        for ticket in self.room.unfinished_of(self):
+            ticket.state = LEFT
+
+    def was_answered_lately(self) -> bool:
+        return self.answered_ns is not None and self.room.clock.now_ns - self.answered_ns < SECOND_NS
+
+
+class WaitingRoom:
+    def __init__(self, batch_size: int, window_ns: int, capacity: int, clock: ManualClock) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        if capacity < 1:
+            raise ValueError(f"capacity is {capacity}; it must be at least 1")
+        if not 0 <= window_ns <= MAX_WINDOW_NS:
+            raise ValueError(f"window_ns is {window_ns}; it must be from 0 to {MAX_WINDOW_NS}")
+        self.batch_size = batch_size
+        self.window_ns = window_ns
+        self.capacity = capacity
+        self.clock = clock
+        self.closed = False
+        self.streams: list[Stream] = []
+        self.let_in: list[Ticket] = []
+        self.taken_batches: list[tuple[str, list[Ticket]]] = []
+
+    def open_stream(self, owner: Any = None) -> Stream:
+        stream = Stream(self, owner)
+        self.streams.append(stream)
+        return stream
+
+    def poll_batch(self) -> tuple[str, list[Ticket]] | None:
+        reason = self.reason()
+        if reason is None:
+            return None
+        batch: list[Ticket] = []
+        for ticket in self.queue():
+            if len(batch) == self.batch_size:
+                break
+            # A deadline counts when somebody looks: the taker here, the waiter in `wait`.
+            if ticket.is_past_deadline():
+                ticket.state = EXPIRED
+                continue
+            ticket.state = TAKEN
+            ticket.taken_ns = self.clock.now_ns
+            batch.append(ticket)
+        if not batch:
+            return None
+        self.taken_batches.append((reason, batch))
+        return reason, list(batch)
+
+    def is_due(self) -> bool:
+        return self.reason() is not None
+
+    def finish(self, tickets: Sequence[Ticket], outcomes: Sequence[Any]) -> None:
+        if len(tickets) != len(outcomes):
+            raise ValueError(f"{len(outcomes)} outcomes for {len(tickets)} tickets; there must be one each")
+        if any(ticket.stream.room is not self for ticket in tickets):
+            raise ValueError("a ticket of another room")
+        for ticket, outcome in zip(tickets, outcomes, strict=True):
+            if ticket.state == TAKEN:
+                ticket.state = FINISHED
+                ticket.outcome = outcome
+                ticket.stream.answered_ns = self.clock.now_ns
+
+    def close(self) -> None:
+        self.closed = True
+
+    def abandon(self) -> int:
+        self.closed = True
+        unfinished = [ticket for ticket in self.let_in if not ticket.has_ended()]
+        for ticket in unfinished:
+            ticket.state = CLOSED
+        for stream in self.streams:
+            stream.is_open = False
+        return len(unfinished)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.queue())
+
+    @property
+    def pushed(self) -> int:
+        return len(self.let_in)
+
+    @property
+    def open_streams(self) -> int:
+        return len([stream for stream in self.streams if stream.is_open])
+
+    def batches(self) -> tuple[dict[str, int], int]:
+        reasons = [reason for reason, _batch in self.taken_batches]
+        counts = {reason: reasons.count(reason) for reason in REASONS}
+        return counts, sum(len(batch) for _reason, batch in self.taken_batches)
+
+    # ---- worked out anew ----
+
+    def queue(self) -> list[Ticket]:
+        return [ticket for ticket in self.let_in if ticket.state == WAITING]
+
+    def unfinished_of(self, stream: Stream) -> list[Ticket]:
+        return [ticket for ticket in self.let_in if ticket.stream is stream and not ticket.has_ended()]
+
+    def reason(self) -> str | None:
+        """Why a batch is due now, if one is."""
+        queue = self.queue()
+        if not queue:
+            return None
+        if len(queue) >= self.batch_size:
+            return "full"
+        if self.everyone_is_in(queue):
+            return "everyone_in"
+        if self.clock.now_ns - queue[0].pushed_ns >= self.window_ns:
+            return "timeout"
+        return "drain" if self.closed else None
+
+    def everyone_is_in(self, queue: list[Ticket]) -> bool:
+        waiting_streams = [ticket.stream for ticket in queue]
+        expected_streams = [stream for stream in self.streams if stream.is_open and stream.was_answered_lately()]
+        return all(stream.answered_ns is not None for stream in waiting_streams) and all(
+            stream in waiting_streams for stream in expected_streams
+        )

@@ -1,0 +1,208 @@
+"""The core and the plain model of it, driven side by side through the same random steps, and compared after each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import room_model
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from grpc_batcher import _core
+from grpc_batcher._core import FINISHED, TAKEN, ManualClock
+
+START_NS = 1_000_000_000_000
+SECOND_NS = room_model.SECOND_NS
+
+# From now. Mostly none, or nothing would be answered.
+DEADLINES_NS = st.sampled_from([None, None, None, None, None, -1, 0, 1, 5, 6, SECOND_NS])
+
+
+class Pair(NamedTuple):
+    """The same thing twice: a room, a stream or a ticket."""
+
+    core: Any
+    model: Any
+
+
+def outcome_of(call: Callable[[], Any]) -> Any:
+    """What a call returned, or the error that it raised as text."""
+    try:
+        return call()
+    except (ValueError, RuntimeError, _core.QueueFullError, _core.RoomClosedError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def both(call: Callable[[Any], Any], pair: Pair) -> Any:
+    """Make a call on the core's and the model's; they have to return or raise the same."""
+    core, model = outcome_of(lambda: call(pair.core)), outcome_of(lambda: call(pair.model))
+    assert core == model
+    return core
+
+
+class CoreBesideModel(RuleBasedStateMachine):
+    @initialize(
+        batch_size=st.integers(1, 5),
+        window_ns=st.sampled_from([0, 5, SECOND_NS // 2, 3 * SECOND_NS]),
+        capacity=st.integers(1, 7),
+        callers=st.integers(0, 5),
+    )
+    def open_room(self, batch_size: int, window_ns: int, capacity: int, callers: int) -> None:
+        """A room, with some streams that were answered just now."""
+        self.clock = ManualClock(START_NS)
+        arguments = batch_size, window_ns, capacity, self.clock
+        self.room = Pair(_core.WaitingRoom(*arguments), room_model.WaitingRoom(*arguments))
+        self.streams: list[Pair] = []
+        self.tickets: list[Pair] = []  # all that `push` returned
+        self.taken: list[Pair] = []  # all that were ever taken, oldest first
+        self.requests = 0
+        self.outcomes = 0
+        self.popped_before = 0
+        for number in range(callers):
+            self.open_stream(number)
+            self.push(self.streams[-1], None)
+            self.let_time_pass(window_ns)
+            self.take()
+            self.answer_all()
+
+    # ---- callers ----
+
+    @rule(owner=st.integers())
+    def open_stream(self, owner: int) -> None:
+        self.streams.append(Pair(self.room.core.open_stream(owner), self.room.model.open_stream(owner)))
+
+    def push(self, stream: Pair, deadline_in_ns: int | None) -> None:
+        self.requests += 1
+        deadline_ns = None if deadline_in_ns is None else self.clock.now_ns + deadline_in_ns
+        core, model = (outcome_of(lambda one=one: one.push(self.requests, deadline_ns)) for one in stream)
+        if isinstance(core, str) or isinstance(model, str):
+            assert core == model
+        else:
+            self.tickets.append(Pair(core, model))
+
+    @rule(data=st.data(), deadline_in_ns=DEADLINES_NS)
+    def push_on_any_stream(self, data: st.DataObject, deadline_in_ns: int | None) -> None:
+        """Also on those that are closed, or have a request already."""
+        if self.streams:
+            self.push(data.draw(st.sampled_from(self.streams)), deadline_in_ns)
+
+    @rule(data=st.data(), left_out=st.integers(0, 2))
+    def push_on_idle_streams(self, data: st.DataObject, left_out: int) -> None:
+        model = self.room.model
+        idle = [one for one in self.streams if one.model.is_open and not model.unfinished_of(one.model)]
+        for stream in data.draw(st.permutations(idle))[left_out:]:
+            self.push(stream, data.draw(DEADLINES_NS))
+
+    @rule(data=st.data())
+    def close_stream(self, data: st.DataObject) -> None:
+        if self.streams:
+            both(lambda stream: stream.close(), data.draw(st.sampled_from(self.streams)))
+
+    @rule(data=st.data())
+    def wait_where_it_does_not_block(self, data: st.DataObject) -> None:
+        ready = [ticket for ticket in self.tickets if ticket.model.has_ended() or ticket.model.is_past_deadline()]
+        if ready:
+            both(lambda ticket: ticket.wait(), data.draw(st.sampled_from(ready)))
+
+    # ---- the taker ----
+
+    @rule()
+    def take(self) -> None:
+        core, model = self.room.core.poll_batch(), self.room.model.poll_batch()
+        assert (core is None) == (model is None)
+        if core is not None:
+            batch = [Pair(*tickets) for tickets in zip(core[1], model[1], strict=True)]
+            assert core[0] == model[0]
+            assert [ticket.core.request for ticket in batch] == [ticket.model.request for ticket in batch]
+            self.taken += batch
+
+    def finish(self, tickets: list[Pair], outcomes: list[str]) -> None:
+        core = outcome_of(lambda: self.room.core.finish([ticket.core for ticket in tickets], outcomes))
+        model = outcome_of(lambda: self.room.model.finish([ticket.model for ticket in tickets], outcomes))
+        assert core == model
+
+    def new_outcome(self) -> str:
+        self.outcomes += 1
+        return f"outcome {self.outcomes}"
+
+    @rule(data=st.data(), missing_outcomes=st.sampled_from([0, 0, 0, 0, 0, 1]))
+    def answer_some(self, data: st.DataObject, missing_outcomes: int) -> None:
+        """Of what was ever taken: also what has ended, or was answered, before."""
+        if self.taken:
+            tickets = data.draw(st.lists(st.sampled_from(self.taken), min_size=1, max_size=4, unique_by=id))
+            self.finish(tickets, [self.new_outcome() for _ in tickets][missing_outcomes:])
+
+    def answer_all(self) -> None:
+        tickets = [ticket for ticket in self.taken if ticket.model.state == TAKEN]
+        self.finish(tickets, [self.new_outcome() for _ in tickets])
+
+    @rule(data=st.data(), left_out=st.sampled_from([0, 0, 1, 2]), answer=st.booleans())
+    def go_on(self, data: st.DataObject, left_out: int, answer: bool) -> None:
+        """What callers and taker do all day. As one step, since random single ones would seldom come to it."""
+        self.push_on_idle_streams(data, left_out)
+        self.take()
+        if answer:
+            self.answer_all()
+
+    # ---- the clock ----
+
+    @rule(ns=st.sampled_from([1, 2, 5, SECOND_NS // 2]))
+    def let_time_pass(self, ns: int) -> None:
+        self.clock.now_ns += ns
+
+    @rule(data=st.data(), before_ns=st.sampled_from([0, 1]))
+    def let_time_pass_until_something_could_happen(self, data: st.DataObject, before_ns: int) -> None:
+        """To the nanosecond at which a window, a deadline or a stream's second ends; or to the one before it."""
+        model = self.room.model
+        moments = [ticket.pushed_ns + model.window_ns for ticket in model.queue()]
+        moments += [ticket.deadline_ns for ticket in model.let_in if ticket.deadline_ns is not None]
+        moments += [stream.answered_ns + SECOND_NS for stream in model.streams if stream.answered_ns is not None]
+        ahead = sorted({moment - before_ns for moment in moments if moment - before_ns > self.clock.now_ns})
+        if ahead:
+            self.clock.now_ns = data.draw(st.sampled_from(ahead[:3]))
+
+    # ---- the end ----
+
+    @rule(how=st.sampled_from(["close", "abandon"]))
+    def end(self, how: str) -> None:
+        if self.requests > 20:  # or little would have happened before
+            both(lambda room: getattr(room, how)(), self.room)
+
+    # ---- what must hold after each step ----
+
+    @invariant()
+    def the_room_looks_the_same(self) -> None:
+        for look in (
+            lambda room: (room.batch_size, room.window_ns, room.capacity),
+            lambda room: (room.closed, room.waiting, room.pushed, room.open_streams),
+            lambda room: room.batches(),
+            lambda room: room.is_due(),
+        ):
+            both(look, self.room)
+
+    @invariant()
+    def the_tickets_look_the_same(self) -> None:
+        for ticket in self.tickets:
+            both(lambda ticket: (ticket.state, ticket.request, ticket.owner), ticket)
+            both(lambda ticket: (ticket.pushed_ns, ticket.taken_ns), ticket)
+            if ticket.model.state == FINISHED:
+                both(lambda ticket: ticket.outcome, ticket)
+
+    @invariant()
+    def positions_are_used_up_once(self) -> None:
+        """The model has no ring; what can be said of `popped` is that what waits lies between it and the end."""
+        room = self.room.core
+        assert self.popped_before <= room.popped <= room.pushed - room.waiting
+        assert room.waiting > 0 or room.popped == room.pushed
+        self.popped_before = room.popped
+
+    def teardown(self) -> None:
+        """A room that holds requests would live for ever."""
+        if hasattr(self, "room"):
+            self.room.core.abandon()
+
+
+CoreBesideModel.TestCase.settings = settings(max_examples=300, stateful_step_count=60)
+test_the_core_behaves_as_the_model = CoreBesideModel.TestCase

@@ -1,0 +1,842 @@
+"""The waiting room under real threads and the real clock. Only the core: the model of it knows one thread."""
+
+from __future__ import annotations
+
+import gc
+import queue
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpc_batcher import _core
+from grpc_batcher._core import CLOSED, EXPIRED, FINISHED, LEFT, TAKEN, ManualClock, Ticket, WaitingRoom
+
+MS_NS = 1_000_000
+SECOND_NS = 1_000_000_000
+HOUR_NS = 3_600 * SECOND_NS
+
+OpenRoom = Callable[..., WaitingRoom]
+Batches = list[tuple[str, list[Ticket]]]
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(64) as executor:
+        yield executor
+
+
+@pytest.fixture
+def open_room(threads: ThreadPoolExecutor) -> Iterator[OpenRoom]:
+    """Rooms that are abandoned in the end, which is before `threads` waits for those that may block in them."""
+    rooms: list[WaitingRoom] = []
+
+    def open_room(batch_size: int = 4, window_ns: int = MS_NS, capacity: int = 1024) -> WaitingRoom:
+        rooms.append(WaitingRoom(batch_size, window_ns, capacity))
+        return rooms[-1]
+
+    yield open_room
+    for room in rooms:
+        room.abandon()
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    """Wait for a state. The limit is that of the test."""
+    while not holds():
+        time.sleep(0.001)
+
+
+def take(room: WaitingRoom) -> list[Ticket]:
+    """Take a batch, which has to come; without its reason."""
+    taken = room.take_batch()
+    assert taken is not None
+    return taken[1]
+
+
+def answer_to(request: Any) -> tuple[str, Any]:
+    return "answer to", request
+
+
+def answer(room: WaitingRoom, tickets: list[Ticket]) -> None:
+    room.finish(tickets, [answer_to(ticket.request) for ticket in tickets])
+
+
+def serve(room: WaitingRoom) -> Batches:
+    """What a taker does until the room is closed and empty. Returns what it took."""
+    batches: Batches = []
+    while (taken := room.take_batch()) is not None:
+        answer(room, taken[1])
+        batches.append(taken)
+    return batches
+
+
+def tickets_of(batches: Batches) -> list[Ticket]:
+    return [ticket for _reason, tickets in batches for ticket in tickets]
+
+
+def call(room: WaitingRoom, name: int, count: int) -> list[Ticket]:
+    """What a caller does: one request after the other, on one stream."""
+    stream = room.open_stream()
+    tickets = []
+    for number in range(count):
+        tickets.append(stream.push((name, number)))
+        assert tickets[-1].wait() == FINISHED
+    stream.close()
+    return tickets
+
+
+def call_until_closed(room: WaitingRoom, name: int) -> list[Ticket]:
+    """A caller that goes on until the room refuses its request, or ends it."""
+    stream = room.open_stream()
+    tickets: list[Ticket] = []
+    try:
+        while not tickets or tickets[-1].wait() == FINISHED:
+            tickets.append(stream.push((name, len(tickets))))
+    except _core.RoomClosedError:
+        pass
+    return tickets
+
+
+def answered_streams(room: WaitingRoom) -> list[Any]:
+    """As many streams as a batch has places, each answered once. For a room that is empty and has no taker."""
+    streams = [room.open_stream() for _ in range(room.batch_size)]
+    for stream in streams:
+        stream.push("first")
+    answer(room, take(room))
+    return streams
+
+
+def take_in_sleep(threads: ThreadPoolExecutor, room: WaitingRoom) -> Future[Any]:
+    """Take a batch on another thread. Comes back when that sleeps."""
+    taken = threads.submit(room.take_batch)
+    wait_until(lambda: room.takers == 1)
+    return taken
+
+
+def requests_of(taken: Any) -> tuple[str, list[Any]]:
+    reason, tickets = taken
+    return reason, [ticket.request for ticket in tickets]
+
+
+# ---- many callers, one taker ----
+
+
+@pytest.mark.parametrize(
+    ("callers", "batch_size", "window_ns"),
+    [(1, 4, MS_NS), (8, 3, MS_NS), (8, 16, 5 * MS_NS), (8, 16, 0), (32, 16, 5 * MS_NS)],
+)
+def test_nothing_is_lost_doubled_or_reordered(
+    threads: ThreadPoolExecutor, open_room: OpenRoom, callers: int, batch_size: int, window_ns: int
+) -> None:
+    count = 3200 // callers
+    room = open_room(batch_size, window_ns)
+    server = threads.submit(serve, room)
+    results = [threads.submit(call, room, name, count) for name in range(callers)]
+    pushed = [ticket for result in results for ticket in result.result()]
+    room.close()
+    batches = server.result()
+    served = tickets_of(batches)
+
+    assert sorted(ticket.request for ticket in served) == [(name, n) for name in range(callers) for n in range(count)]
+    assert {id(ticket) for ticket in served} == {id(ticket) for ticket in pushed}
+    assert all(ticket.outcome == answer_to(ticket.request) for ticket in pushed)
+    for name in range(callers):
+        assert [ticket.request[1] for ticket in served if ticket.request[0] == name] == list(range(count))
+    pushed_ns = [ticket.pushed_ns for ticket in served]
+    assert pushed_ns == sorted(pushed_ns)
+    assert all(1 <= len(tickets) <= batch_size for _reason, tickets in batches)
+    reasons = Counter(reason for reason, _tickets in batches)
+    assert room.batches() == ({reason: reasons[reason] for reason in _core.REASONS}, len(served))
+    assert (room.pushed, room.popped, room.waiting, room.open_streams) == (len(served), len(served), 0, 0)
+
+
+def test_nothing_is_lost_when_callers_find_the_room_full(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+    refused: list[Any] = []
+
+    def insist(name: int) -> None:
+        stream = room.open_stream()
+        for number in range(100):
+            while True:
+                try:
+                    ticket = stream.push((name, number))
+                    break
+                except _core.QueueFullError:
+                    refused.append((name, number))
+                    time.sleep(0)
+            assert ticket.wait() == FINISHED
+            assert ticket.outcome == answer_to((name, number))
+
+    room = open_room(batch_size=2, capacity=2)
+    results = [threads.submit(insist, name) for name in range(16)]
+    wait_until(lambda: refused)
+    server = threads.submit(serve, room)
+    for result in results:
+        result.result()
+    room.close()
+    assert Counter(ticket.request for ticket in tickets_of(server.result())) == Counter(
+        (name, number) for name in range(16) for number in range(100)
+    )
+
+
+def test_what_was_let_in_is_answered_when_the_room_closes_under_load(
+    threads: ThreadPoolExecutor, open_room: OpenRoom
+) -> None:
+    for enough in (0, 1, 100, 500):
+        room = open_room(batch_size=5)
+        server = threads.submit(serve, room)
+        results = [threads.submit(call_until_closed, room, name) for name in range(12)]
+        wait_until(lambda room=room, enough=enough: room.pushed >= enough)
+        room.close()
+        pushed = [ticket for result in results for ticket in result.result()]
+        served = tickets_of(server.result())
+        assert Counter(ticket.request for ticket in served) == Counter(ticket.request for ticket in pushed)
+        assert all(ticket.state == FINISHED for ticket in pushed)
+        assert all(ticket.outcome == answer_to(ticket.request) for ticket in pushed)
+        assert room.pushed == len(pushed)
+
+
+# ---- abandon ----
+
+
+def test_an_abandoned_room_ends_what_waits_and_what_is_in_the_callback(
+    threads: ThreadPoolExecutor, open_room: OpenRoom
+) -> None:
+    room = open_room(batch_size=4)
+    results = [threads.submit(call_until_closed, room, name) for name in range(9)]
+    for _ in range(50):
+        answer(room, take(room))
+    held = take(room)
+    wait_until(lambda: room.waiting + len(held) == 9)
+    assert room.abandon() == 9
+    last = [result.result()[-1] for result in results]
+    assert [ticket.state for ticket in last] == [CLOSED] * 9
+    answer(room, held)
+    assert [ticket.state for ticket in last] == [CLOSED] * 9
+    assert (room.take_batch(), room.waiting, room.open_streams) == (None, 0, 0)
+
+
+def test_each_request_is_answered_or_closed_when_the_room_is_abandoned_under_load(
+    threads: ThreadPoolExecutor, open_room: OpenRoom
+) -> None:
+    for enough in (0, 1, 5, 20, 50, 100, 200, 300):
+        room = open_room(batch_size=3)
+        server = threads.submit(serve, room)
+        results = [threads.submit(call_until_closed, room, name) for name in range(8)]
+        wait_until(lambda room=room, enough=enough: room.pushed >= enough)
+        abandoned = room.abandon()
+        pushed = [ticket for result in results for ticket in result.result()]
+        states = Counter(ticket.state for ticket in pushed)
+        assert states == Counter({FINISHED: len(pushed) - abandoned, CLOSED: abandoned})
+        served = Counter(ticket.request for ticket in tickets_of(server.result()))
+        assert served == Counter(ticket.request for ticket in pushed if ticket.taken_ns != 0)
+        assert all(ticket.outcome == answer_to(ticket.request) for ticket in pushed if ticket.state == FINISHED)
+
+
+# ---- callers that leave ----
+
+
+def test_a_thread_that_waits_comes_back_when_its_stream_closes(
+    threads: ThreadPoolExecutor, open_room: OpenRoom
+) -> None:
+    room = open_room(window_ns=HOUR_NS)
+    stream = room.open_stream()
+    waiter = threads.submit(stream.push("a").wait)
+    stream.close()
+    assert waiter.result() == LEFT
+    assert room.waiting == 0
+
+
+def test_a_thread_whose_request_is_taken_comes_back_when_its_stream_closes(
+    threads: ThreadPoolExecutor, open_room: OpenRoom
+) -> None:
+    room = open_room(batch_size=2, window_ns=HOUR_NS)
+    leaver, stayer = room.open_stream(), room.open_stream()
+    tickets = [leaver.push("leaves"), stayer.push("stays")]
+    waiters = [threads.submit(ticket.wait) for ticket in tickets]
+    assert requests_of(room.take_batch()) == ("full", ["leaves", "stays"])
+    leaver.close()
+    assert waiters[0].result() == LEFT
+    answer(room, tickets)
+    assert waiters[1].result() == FINISHED
+    assert [ticket.state for ticket in tickets] == [LEFT, FINISHED]
+
+
+def test_each_request_is_answered_or_left_when_streams_close_at_random_moments(
+    threads: ThreadPoolExecutor, open_room: OpenRoom
+) -> None:
+    to_close: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def close_them() -> None:
+        while (stream := to_close.get()) is not None:
+            stream.close()
+
+    def call_and_perhaps_leave(name: int) -> list[Ticket]:
+        chance = random.Random(name)
+        tickets = []
+        stream = room.open_stream()
+        for number in range(150):
+            ticket = stream.push((name, number))
+            tickets.append(ticket)
+            if chance.random() < 0.5:
+                to_close.put(stream)
+                stream = room.open_stream()
+            assert ticket.wait() in (FINISHED, LEFT)
+        stream.close()
+        return tickets
+
+    room = open_room(batch_size=3)
+    server = threads.submit(serve, room)
+    closers = [threads.submit(close_them) for _ in range(2)]
+    results = [threads.submit(call_and_perhaps_leave, name) for name in range(10)]
+    pushed = [ticket for result in results for ticket in result.result()]
+    for _ in closers:
+        to_close.put(None)
+    for closer in closers:
+        closer.result()
+    room.close()
+    served = tickets_of(server.result())
+    assert Counter(ticket.request for ticket in served) == Counter(
+        ticket.request for ticket in pushed if ticket.taken_ns != 0
+    )
+    assert len(pushed) == len({ticket.request for ticket in pushed}) == 1500
+    for ticket in pushed:
+        assert ticket.state in (FINISHED, LEFT)
+        assert ticket.state == LEFT or ticket.outcome == answer_to(ticket.request)
+    pushed_ns = [ticket.pushed_ns for ticket in served]
+    assert pushed_ns == sorted(pushed_ns)
+    assert (room.waiting, room.open_streams) == (0, 0)
+
+
+# ---- deadlines ----
+
+
+def test_a_thread_that_waits_comes_back_at_its_deadline(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+    room = open_room(window_ns=HOUR_NS)
+    deadline_ns = time.monotonic_ns() + 30 * MS_NS
+    ticket = room.open_stream().push("a", deadline_ns)
+    assert threads.submit(ticket.wait).result() == EXPIRED
+    assert time.monotonic_ns() >= deadline_ns
+    assert (room.waiting, room.poll_batch()) == (0, None)
+
+
+def test_a_thread_whose_request_is_taken_comes_back_at_its_deadline(
+    threads: ThreadPoolExecutor, open_room: OpenRoom
+) -> None:
+    room = open_room(batch_size=2, window_ns=HOUR_NS)
+    patient = room.open_stream().push("patient")
+    deadline_ns = time.monotonic_ns() + SECOND_NS // 2
+    hasty = room.open_stream().push("hasty", deadline_ns)
+    assert requests_of(room.poll_batch()) == ("full", ["patient", "hasty"])
+    waiters = [threads.submit(ticket.wait) for ticket in (patient, hasty)]
+    assert waiters[1].result() == EXPIRED
+    assert time.monotonic_ns() >= deadline_ns
+    assert patient.state == TAKEN
+    answer(room, [patient, hasty])
+    assert waiters[0].result() == FINISHED
+    assert (hasty.state, patient.outcome) == (EXPIRED, answer_to("patient"))
+
+
+def test_the_main_thread_comes_back_at_its_deadline(open_room: OpenRoom) -> None:
+    room = open_room(window_ns=HOUR_NS)
+    # Longer than the main thread sleeps at a time.
+    deadline_ns = time.monotonic_ns() + 450 * MS_NS
+    assert room.open_stream().push("a", deadline_ns).wait() == EXPIRED
+    assert time.monotonic_ns() >= deadline_ns
+
+
+def test_each_request_is_answered_or_expired_when_deadlines_pass_under_load(
+    threads: ThreadPoolExecutor, open_room: OpenRoom
+) -> None:
+    def call_with_deadlines(name: int) -> list[tuple[Ticket, int]]:
+        chance = random.Random(name)
+        tickets = []
+        stream = room.open_stream()
+        for number in range(150):
+            deadline_ns = time.monotonic_ns() + chance.randrange(2 * MS_NS)
+            ticket = stream.push((name, number), deadline_ns)
+            tickets.append((ticket, deadline_ns))
+            if ticket.wait() == EXPIRED:
+                assert time.monotonic_ns() >= deadline_ns
+        return tickets
+
+    room = open_room(batch_size=3)
+    server = threads.submit(serve, room)
+    results = [threads.submit(call_with_deadlines, name) for name in range(10)]
+    pushed = [pair for result in results for pair in result.result()]
+    room.close()
+    served = tickets_of(server.result())
+    assert Counter(ticket.request for ticket in served) == Counter(
+        ticket.request for ticket, _deadline_ns in pushed if ticket.taken_ns != 0
+    )
+    for ticket, deadline_ns in pushed:
+        assert ticket.state in (FINISHED, EXPIRED)
+        assert ticket.taken_ns < deadline_ns
+        assert ticket.state == EXPIRED or ticket.outcome == answer_to(ticket.request)
+    assert room.waiting == 0
+
+
+# ---- what wakes a taker ----
+
+
+def test_a_taker_wakes_when_the_batch_gets_full(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+    room = open_room(batch_size=3, window_ns=HOUR_NS)
+    taken = take_in_sleep(threads, room)
+    for request in ("a", "b", "c"):
+        room.open_stream().push(request)
+    assert requests_of(taken.result()) == ("full", ["a", "b", "c"])
+
+
+def test_a_taker_wakes_when_everyone_is_in(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+    room = open_room(batch_size=3, window_ns=HOUR_NS)
+    stream, *others = answered_streams(room)
+    for other in others:
+        other.close()
+    taken = take_in_sleep(threads, room)
+    stream.push("a")
+    assert requests_of(taken.result()) == ("everyone_in", ["a"])
+
+
+def test_a_taker_wakes_when_the_only_first_timer_leaves(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+    room = open_room(batch_size=3, window_ns=HOUR_NS)
+    stream, *others = answered_streams(room)
+    for other in others:
+        other.close()
+    newcomer = room.open_stream()
+    stream.push("a")
+    newcomer.push("newcomer")
+    taken = take_in_sleep(threads, room)
+    newcomer.close()
+    assert requests_of(taken.result()) == ("everyone_in", ["a"])
+
+
+def test_a_taker_wakes_when_the_only_first_timer_expires(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+    room = open_room(batch_size=3, window_ns=HOUR_NS)
+    stream, *others = answered_streams(room)
+    for other in others:
+        other.close()
+    stream.push("a")
+    newcomer = room.open_stream().push("newcomer", time.monotonic_ns() + SECOND_NS // 5)
+    taken = take_in_sleep(threads, room)
+    assert threads.submit(newcomer.wait).result() == EXPIRED
+    assert requests_of(taken.result()) == ("everyone_in", ["a"])
+
+
+def test_a_taker_waits_one_second_for_a_stream_that_was_answered(
+    threads: ThreadPoolExecutor, open_room: OpenRoom
+) -> None:
+    room = open_room(batch_size=2, window_ns=HOUR_NS)
+    before_ns = time.monotonic_ns()
+    busy, _idle = answered_streams(room)
+    ticket = busy.push("a")
+    assert requests_of(threads.submit(room.take_batch).result()) == ("everyone_in", ["a"])
+    assert ticket.taken_ns - before_ns >= SECOND_NS
+
+
+def test_a_taker_waits_for_the_window(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+    room = open_room(window_ns=50 * MS_NS)
+    taken = take_in_sleep(threads, room)
+    ticket = room.open_stream().push("a")
+    assert requests_of(taken.result()) == ("timeout", ["a"])
+    assert ticket.taken_ns - ticket.pushed_ns >= 50 * MS_NS
+
+
+def test_the_main_thread_waits_for_the_window(open_room: OpenRoom) -> None:
+    # Longer than the main thread sleeps at a time.
+    room = open_room(window_ns=450 * MS_NS)
+    ticket = room.open_stream().push("a")
+    assert requests_of(room.take_batch()) == ("timeout", ["a"])
+    assert ticket.taken_ns - ticket.pushed_ns >= 450 * MS_NS
+
+
+def test_a_taker_wakes_when_the_room_is_closed(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+    room = open_room(window_ns=HOUR_NS)
+    room.open_stream().push("a")
+    taken = take_in_sleep(threads, room)
+    room.close()
+    assert requests_of(taken.result()) == ("drain", ["a"])
+    assert room.take_batch() is None
+
+
+@pytest.mark.parametrize("end", [WaitingRoom.close, WaitingRoom.abandon])
+def test_the_taker_of_an_empty_room_wakes_when_that_ends(
+    threads: ThreadPoolExecutor, open_room: OpenRoom, end: Callable[[WaitingRoom], None]
+) -> None:
+    room = open_room(window_ns=HOUR_NS)
+    taken = take_in_sleep(threads, room)
+    end(room)
+    assert taken.result() is None
+
+
+def test_a_taker_wakes_when_the_room_is_abandoned(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+    room = open_room(window_ns=HOUR_NS)
+    room.open_stream().push("a")
+    taken = take_in_sleep(threads, room)
+    room.abandon()
+    # The room is closed first, and what waits ends then: a quick taker still gets it.
+    assert taken.result() is None or requests_of(taken.result()) == ("drain", ["a"])
+
+
+# ---- what wakes a waiter ----
+
+
+def test_all_threads_that_wait_for_one_ticket_come_back(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+    room = open_room(batch_size=1)
+    for end, state in (
+        (lambda stream, ticket: answer(room, [ticket]), FINISHED),
+        (lambda stream, ticket: stream.close(), LEFT),
+        (lambda stream, ticket: room.abandon(), CLOSED),
+    ):
+        stream = room.open_stream()
+        ticket = stream.push("a")
+        waiters = [threads.submit(ticket.wait) for _ in range(8)]
+        room.take_batch()
+        end(stream, ticket)
+        assert [waiter.result() for waiter in waiters] == [state] * 8
+
+
+def switches(thread_id: int) -> int:
+    """How often a thread went to sleep so far."""
+    status = Path(f"/proc/self/task/{thread_id}/status").read_text()
+    return int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="only Linux tells how often a thread went to sleep")
+def test_finishing_a_batch_wakes_nobody_who_waits_for_another(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+    thread_ids: list[int] = []
+
+    def wait_for(ticket: Ticket) -> int:
+        thread_ids.append(threading.get_native_id())
+        return ticket.wait()
+
+    rounds = 500
+    room = open_room(batch_size=1)
+    sleepers = [room.open_stream().push(name) for name in range(3)]
+    waiters = [threads.submit(wait_for, ticket) for ticket in sleepers]
+    held = [ticket for _ in sleepers for ticket in take(room)]
+    wait_until(lambda: len(thread_ids) == 3)
+    before = 0
+    while before != (before := sum(map(switches, thread_ids))):
+        time.sleep(0.001)  # until they sleep
+
+    caller = threads.submit(call, room, 9, rounds)
+    for _ in range(rounds):
+        answer(room, take(room))
+    caller.result()
+    assert [ticket.state for ticket in sleepers] == [TAKEN] * 3
+    # One that was still on its way to sleep adds a few; being woken each round would add hundreds.
+    assert sum(map(switches, thread_ids)) - before < rounds / 5
+    answer(room, held)
+    assert [waiter.result() for waiter in waiters] == [FINISHED] * 3
+
+
+# ---- the GIL, and signals ----
+
+# A thread gives the GIL up when it blocks or after a second, so that nothing but a call that blocks lets another in.
+_GIL_HEAD = """
+import sys, threading, time
+sys.setswitchinterval(1)
+room = _core.WaitingRoom(1, 5, 4)
+"""
+
+
+def test_a_thread_in_take_batch_leaves_the_gil_to_others(core_command: Callable[[str], list[str]]) -> None:
+    script = """
+taken = []
+taker = threading.Thread(target=lambda: taken.append(room.take_batch()))
+taker.start()
+while room.takers == 0:
+    time.sleep(0.001)
+room.open_stream().push("a")
+taker.join()
+print(taken[0][1][0].request)
+"""
+    process = subprocess.run(core_command(_GIL_HEAD + script), capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout) == (0, "a\n"), process.stderr
+
+
+def test_a_thread_in_wait_leaves_the_gil_to_others(core_command: Callable[[str], list[str]]) -> None:
+    script = """
+ticket = room.open_stream().push("a")
+begun = []
+def wait():
+    begun.append(True)
+    begun.append(ticket.wait())
+waiter = threading.Thread(target=wait)
+waiter.start()
+while not begun:
+    time.sleep(0.001)
+room.finish(room.poll_batch()[1], ["b"])
+waiter.join()
+print(begun[1] == _core.FINISHED, ticket.outcome)
+"""
+    process = subprocess.run(core_command(_GIL_HEAD + script), capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout) == (0, "True b\n"), process.stderr
+
+
+@pytest.mark.parametrize("blocking_call", ["room.take_batch()", "ticket.wait()"])
+def test_the_main_thread_handles_signals_while_it_blocks(
+    core_command: Callable[[str], list[str]], blocking_call: str
+) -> None:
+    script = f"""
+import os, signal, threading, time
+room = _core.WaitingRoom(2, 3_600 * 10**9, 4)
+ticket = room.open_stream().push("a")
+handled = []
+signal.signal(signal.SIGUSR1, lambda *_: handled.append("handled"))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+
+def say_when_it_blocks():
+    # Only the main thread runs handlers. When it ran several and is not back, it is in the call.
+    for number in range(1, 4):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        while len(handled) < number:
+            time.sleep(0.001)
+    print("blocks", flush=True)
+
+try:
+    threading.Thread(target=say_when_it_blocks).start()
+    {blocking_call}
+except KeyboardInterrupt:
+    print("interrupted")
+room.open_stream().push("b")
+reason, tickets = room.take_batch()
+room.finish(tickets, ["x", "y"])
+print(reason, len(tickets), ticket.wait() == _core.FINISHED, ticket.outcome)
+"""
+    with subprocess.Popen(core_command(script), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "blocks\n"
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate()
+    assert (process.returncode, output.splitlines()) == (0, ["interrupted", "full 2 True x"]), errors
+
+
+# ---- nothing is kept ----
+
+
+class Thing:
+    """A request or an outcome whose end can be seen."""
+
+
+def living() -> Counter[str]:
+    """How many tickets, streams and rooms there are."""
+    gc.collect()
+    kinds = (_core.Ticket, _core.Stream, _core.WaitingRoom)
+    return Counter(type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, kinds))
+
+
+def finished(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+    stream = room.open_stream()
+    ticket = stream.push(request)
+    tickets = take(room)
+    room.finish(tickets, [outcome])
+    assert ticket.wait() == FINISHED
+
+
+def finished_twice(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+    room.open_stream().push(request)
+    tickets = take(room)
+    room.finish(tickets, [outcome])
+    room.finish(tickets, [Thing()])
+
+
+def left_while_it_waited(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+    stream = room.open_stream()
+    stream.push(request)
+    stream.close()
+
+
+def left_while_it_was_taken(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+    stream = room.open_stream()
+    stream.push(request)
+    tickets = take(room)
+    stream.close()
+    room.finish(tickets, [outcome])
+
+
+def left_before_it_came(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+    stream = room.open_stream()
+    stream.close()
+    assert stream.push(request).state == LEFT
+
+
+def expired_before_it_was_taken(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+    room.open_stream().push(request, clock.now_ns)
+    assert room.poll_batch() is None
+
+
+def expired_while_somebody_waited(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+    assert room.open_stream().push(request, clock.now_ns).wait() == EXPIRED
+
+
+def expired_while_it_was_taken(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+    ticket = room.open_stream().push(request, clock.now_ns + 1)
+    tickets = take(room)
+    clock.now_ns += 1
+    assert ticket.wait() == EXPIRED
+    room.finish(tickets, [outcome])
+
+
+def abandoned_while_it_waited(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+    room.open_stream().push(request)
+    assert room.abandon() == 1
+
+
+def abandoned_while_it_was_taken(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+    room.open_stream().push(request)
+    tickets = take(room)
+    assert room.abandon() == 1
+    room.finish(tickets, [outcome])
+
+
+def refused_by_a_closed_room(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+    stream = room.open_stream()
+    room.close()
+    with pytest.raises(_core.RoomClosedError):
+        stream.push(request)
+
+
+def refused_as_its_stream_is_busy(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+    stream = room.open_stream()
+    stream.push(Thing())
+    with pytest.raises(RuntimeError, match="one request at a time"):
+        stream.push(request)
+    stream.close()
+
+
+def refused_by_a_full_room(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+    first = room.open_stream()
+    first.push(Thing())
+    with pytest.raises(_core.QueueFullError):
+        room.open_stream().push(request)
+    first.close()
+
+
+def finished_with_too_few_outcomes(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+    room.open_stream().push(request)
+    tickets = take(room)
+    with pytest.raises(ValueError, match="2 outcomes for 1 tickets"):
+        room.finish(tickets, [outcome, outcome])
+
+
+ENDINGS = [
+    finished,
+    finished_twice,
+    left_while_it_waited,
+    left_while_it_was_taken,
+    left_before_it_came,
+    expired_before_it_was_taken,
+    expired_while_somebody_waited,
+    expired_while_it_was_taken,
+    abandoned_while_it_waited,
+    abandoned_while_it_was_taken,
+    refused_by_a_closed_room,
+    refused_as_its_stream_is_busy,
+    refused_by_a_full_room,
+    finished_with_too_few_outcomes,
+]
+
+
+@pytest.mark.parametrize("end", ENDINGS)
+def test_a_request_and_its_outcome_are_freed_however_it_ended(end: Callable[..., None]) -> None:
+    clock = ManualClock(1)
+    room = WaitingRoom(1, 0, 1, clock)
+    request, outcome = Thing(), Thing()
+    watched = [weakref.ref(request), weakref.ref(outcome)]
+    end(room, clock, request, outcome)
+    del request, outcome
+    gc.collect()  # of what pytest.raises keeps, not of the room
+    assert [ref() for ref in watched] == [None, None]
+
+
+@pytest.mark.parametrize("end", ENDINGS)
+def test_rooms_streams_and_tickets_are_freed_however_requests_ended(end: Callable[..., None]) -> None:
+    before = living()
+    for _ in range(10):
+        clock = ManualClock(1)
+        room = WaitingRoom(1, 0, 1, clock)
+        end(room, clock, Thing(), Thing())
+    del room
+    assert living() == before
+
+
+@pytest.mark.parametrize("end", ENDINGS)
+def test_references_are_neither_kept_nor_dropped_twice_however_requests_ended(end: Callable[..., None]) -> None:
+    request, outcome = Thing(), Thing()
+    before = sys.getrefcount(request), sys.getrefcount(outcome)
+    for _ in range(100):
+        clock = ManualClock(1)
+        end(WaitingRoom(1, 0, 1, clock), clock, request, outcome)
+    gc.collect()
+    assert (sys.getrefcount(request), sys.getrefcount(outcome)) == before
+
+
+def test_a_ticket_that_left_the_room_is_only_its_holders() -> None:
+    room = WaitingRoom(1, 0, 4)
+    stream = room.open_stream()
+    ticket, plain = stream.push("a"), object()
+    assert sys.getrefcount(ticket) == sys.getrefcount(plain) + 1, "the ring holds it"
+    tickets = take(room)
+    answer(room, tickets)
+    del tickets
+    assert sys.getrefcount(ticket) == sys.getrefcount(plain)
+
+
+def test_a_closed_stream_is_freed_though_its_room_lives_on() -> None:
+    room = WaitingRoom(1, 0, 4)
+    before = living()
+    for _ in range(10):
+        stream = room.open_stream()
+        stream.push("a")
+        answer(room, take(room))
+        stream.close()
+    del stream
+    assert living() == before
+
+
+def test_everything_is_freed_after_a_load_of_callers_that_leave_expire_or_stay(threads: ThreadPoolExecutor) -> None:
+    def call_and_end_somehow(room: WaitingRoom, name: int) -> None:
+        chance = random.Random(name)
+        stream = room.open_stream()
+        for _ in range(150):
+            ending = chance.choice(["expire", "leave", "stay", "stay"])
+            deadline_ns = time.monotonic_ns() + chance.randrange(MS_NS) if ending == "expire" else None
+            try:
+                ticket = stream.push(request, deadline_ns)
+            except _core.QueueFullError:
+                continue
+            if ending == "leave":
+                stream.close()
+                stream = room.open_stream()
+            assert ticket.wait() in (FINISHED, EXPIRED, LEFT)
+
+    def answer_with_the_same(room: WaitingRoom) -> None:
+        while (taken := room.take_batch()) is not None:
+            room.finish(taken[1], [outcome] * len(taken[1]))
+
+    def load() -> None:
+        room = WaitingRoom(3, MS_NS // 2, 6)
+        try:
+            server = threads.submit(answer_with_the_same, room)
+            for caller in [threads.submit(call_and_end_somehow, room, name) for name in range(8)]:
+                caller.result()
+        finally:
+            room.abandon()
+        server.result()
+
+    request, outcome = Thing(), Thing()
+    load()  # what is made once, such as threads, is there now
+    before = living(), sys.getrefcount(request), sys.getrefcount(outcome)
+    load()
+    # A thread of the pool drops what it worked on when its result is out already.
+    wait_until(lambda: (living(), sys.getrefcount(request), sys.getrefcount(outcome)) == before)

@@ -1,0 +1,311 @@
+"""What the texts say holds: their Python blocks run as they stand, and what they list is what there is."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import inspect
+import os
+import re
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
+from serving import echo, finish_program, run_program, start_program
+
+import grpc_batcher
+from grpc_batcher import Metrics, MukoeBatcher, MukoeBatcherClient, _core, create_batcher
+from grpc_batcher._proto import mukoe_batcher_pb2
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = {
+    name: (ROOT / name).read_text()
+    for name in (
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "docs/new-model.md",
+        "examples/README.md",
+        "scripts/README.md",
+        "tests/README.md",
+    )
+}
+README = TEXTS["README.md"]
+
+
+# ---- reading Markdown ----
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def section(heading: str, text: str = README) -> str:
+    """The text under a heading, up to the next."""
+    found = re.search(rf"^##+ {re.escape(heading)}\n(.*?)(?=^##+ |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found, f"there is no section {heading!r}"
+    return found[1]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a text's one table, without its head."""
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+
+
+def code_in(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+def names_in_first_column(text: str) -> list[str]:
+    return [name for row in rows(text) for name in code_in(row[0])]
+
+
+def anchors(text: str) -> set[str]:
+    """What a link may name after its #, by GitHub's rule."""
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.M)
+    }
+
+
+# ---- the examples ----
+
+DEFAULT_PORT = 50051
+SERVER_EXAMPLES = [block for block in blocks(README, "python") if "signal.pause()" in block]
+EXAMPLES = [block for block in blocks(README, "python") if block not in SERVER_EXAMPLES]
+
+
+def said_output(block: str) -> list[str]:
+    """What a block says in comments that its prints print."""
+    return re.findall(r"^ *print\(.*\)  # (.*)$", block, re.MULTILINE)
+
+
+@pytest.fixture
+def default_port() -> Iterator[None]:
+    """Nobody listens on the default port, and no other run of these tests is about to."""
+    with open(Path(tempfile.gettempdir()) / f"grpc_batcher-{DEFAULT_PORT}-{os.getuid()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("0.0.0.0", DEFAULT_PORT))
+            except OSError as error:
+                pytest.skip(f"another program has port {DEFAULT_PORT}, which the example listens on: {error}")
+        yield
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_an_example_runs_as_it_stands_and_prints_what_it_says(
+    number: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    block = EXAMPLES[number]
+    if f"port={DEFAULT_PORT}" in block:
+        request.getfixturevalue("default_port")
+    output = run_program(tmp_path, block)
+    assert output == said_output(block)
+    assert output
+
+
+def test_the_examples_are_found() -> None:
+    assert [f"port={DEFAULT_PORT}" in block for block in EXAMPLES] == [True, False]
+    assert len(SERVER_EXAMPLES) == 1
+
+
+def test_the_server_example_ends_with_status_0_on_sigterm(tmp_path: Path) -> None:
+    program = start_program(tmp_path, SERVER_EXAMPLES[0])
+    assert program.stdout is not None
+    first_line = program.stdout.readline()
+    program.send_signal(signal.SIGTERM)
+    status, _, errors = finish_program(program)
+    assert re.fullmatch(r"serving on port [1-9]\d*\n", first_line), errors
+    assert (status, "Traceback" in errors) == (0, False), errors
+
+
+# ---- the API ----
+
+
+def said_default(parameter: inspect.Parameter) -> str:
+    if parameter.default is parameter.empty:
+        return "required"
+    return f'`"{parameter.default}"`' if isinstance(parameter.default, str) else f"`{parameter.default!r}`"
+
+
+def signature_of(function: Any) -> str:
+    """A function's parameters and defaults, without `self` and without types."""
+    signature = inspect.signature(function)
+    parameters = [
+        parameter.replace(annotation=parameter.empty)
+        for name, parameter in signature.parameters.items()
+        if name != "self"
+    ]
+    return str(inspect.Signature(parameters))
+
+
+def test_the_parameters_of_create_batcher_and_their_defaults_are_as_documented() -> None:
+    parameters = inspect.signature(create_batcher).parameters.values()
+    documented = [(code_in(name), default) for name, default, _, _ in rows(section("create_batcher"))]
+    assert documented == [([parameter.name], said_default(parameter)) for parameter in parameters]
+
+
+def test_the_first_six_parameters_of_create_batcher_may_go_by_position_and_no_other() -> None:
+    assert "The first six may be given by position, the others by keyword alone." in " ".join(README.split())
+    kinds = [parameter.kind for parameter in inspect.signature(create_batcher).parameters.values()]
+    positional, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    assert kinds == [positional] * 6 + [keyword] * (len(kinds) - 6)
+
+
+RANGES = {
+    code_in(name)[0]: (int(ends[1]), int(ends[2]))
+    for name, _, allowed, _ in rows(section("create_batcher"))
+    if (ends := re.fullmatch(r"(\d+) to (\d+)", allowed))
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_create_batcher_takes_the_documented_range_and_nothing_beyond(name: str) -> None:
+    arguments: dict[str, Any] = {"model": "repr", "batch_size": 1, "batch_timeout_s": 0, "batch_process_fn": echo}
+    least, most = RANGES[name]
+    for good in (least, most):
+        create_batcher(**{**arguments, name: good})
+    for bad in (least - 1, most + 1):
+        with pytest.raises(ValueError, match=rf"^{name} is {bad}; it must be .* from {least} to {most}$"):
+            create_batcher(**{**arguments, name: bad})
+
+
+def test_every_parameter_that_is_a_number_has_a_documented_range() -> None:
+    parameters = inspect.signature(create_batcher).parameters.values()
+    assert list(RANGES) == [parameter.name for parameter in parameters if parameter.annotation in ("int", "float")]
+
+
+@pytest.mark.parametrize("owner", [MukoeBatcher, MukoeBatcherClient])
+def test_the_public_members_and_their_signatures_are_as_documented(owner: type) -> None:
+    actual = {
+        name + signature_of(member) if callable(member) else name
+        for name, member in vars(owner).items()
+        if not name.startswith("_")
+    }
+    if owner is MukoeBatcherClient:  # a MukoeBatcher is made by create_batcher
+        actual.add(owner.__name__ + signature_of(owner))
+    documented = names_in_first_column(section(owner.__name__))
+    assert sorted(documented) == sorted(actual)
+
+
+def test_the_fields_of_the_metrics_are_as_documented() -> None:
+    assert names_in_first_column(section("Metrics")) == [field.name for field in dataclasses.fields(Metrics)]
+
+
+def test_the_reasons_of_the_window_are_as_documented() -> None:
+    assert names_in_first_column(section("The window")) == list(_core.REASONS)
+
+
+def test_every_public_name_is_documented() -> None:
+    api = README[README.index("\n## API\n") : README.index("\n## The window\n")]
+    documented = {name for code in code_in(api) for name in re.findall(r"\w+", code)} | set(
+        re.findall(r"^### (\w+)$", api, re.M)
+    )
+    assert set(grpc_batcher.__all__) - {"__version__"} <= documented
+
+
+# ---- what the texts point to ----
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_link_of_a_text_leads_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", TEXTS[name]):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text()), target
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_make_target_that_a_text_names_is_there(name: str) -> None:
+    code = [*code_in(TEXTS[name]), *blocks(TEXTS[name], "sh")]
+    named = {target for part in code for target in re.findall(r"^make ([a-z-]+)", part, re.M)}
+    assert named <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+
+
+def test_contributing_names_every_make_target() -> None:
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert {f"make {target}" for target in phony.split()} == set(
+        names_in_first_column(section("Set up", TEXTS["CONTRIBUTING.md"]))
+    )
+
+
+def test_contributing_says_where_every_module_is() -> None:
+    named = {Path(name).name for name in names_in_first_column(section("Where things are", TEXTS["CONTRIBUTING.md"]))}
+    modules = {file.name for suffix in ("py", "pyx", "pyi") for file in (ROOT / "grpc_batcher").glob(f"*.{suffix}")}
+    assert modules == {name for name in named if re.fullmatch(r"\w+\.(py|pyx|pyi)", name)}
+
+
+@pytest.mark.parametrize("folder", ["tests", "scripts"])
+def test_the_readme_of_a_folder_has_a_line_for_each_file(folder: str) -> None:
+    there = {entry.name + "/" * entry.is_dir() for entry in (ROOT / folder).iterdir() if entry.name[0] != "."}
+    named = names_in_first_column(TEXTS[f"{folder}/README.md"])
+    assert sorted(named) == sorted(there - {"README.md", "__pycache__/"})
+
+
+# ---- docs/new-model.md ----
+
+NEW_MODEL = TEXTS["docs/new-model.md"]
+PROTO_CHANGE, MODELS_CHANGE = blocks(NEW_MODEL, "diff")
+FIELD_TYPES = {"bytes": FieldDescriptorProto.TYPE_BYTES, "float": FieldDescriptorProto.TYPE_FLOAT}
+
+
+def changed(text: str, diff: str) -> str:
+    """A text after the change that a diff block shows."""
+    before = "".join(line[1:] for line in diff.splitlines(keepends=True) if not line.startswith("+"))
+    after = "".join(line[1:] for line in diff.splitlines(keepends=True) if not line.startswith("-"))
+    assert text.count(before) == 1, f"the lines that the change starts from are not there, or not once:\n{before}"
+    return text.replace(before, after)
+
+
+def test_the_page_about_a_new_model_starts_from_the_proto_as_it_is() -> None:
+    assert changed((ROOT / "proto" / "mukoe_batcher.proto").read_text(), PROTO_CHANGE)
+
+
+def test_the_example_of_a_new_model_runs_after_the_changes_that_its_page_shows(tmp_path: Path) -> None:
+    package = tmp_path / "grpc_batcher"
+    shutil.copytree(Path(grpc_batcher.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    models = package / "_models.py"
+    models.write_text(changed(models.read_text(), MODELS_CHANGE))
+    (package / "_proto" / "mukoe_batcher_pb2.py").write_text(generated_messages())
+    (block,) = blocks(NEW_MODEL, "python")
+    assert run_program(tmp_path, block) == said_output(block)
+
+
+def generated_messages() -> str:
+    """What `make proto` would make of the changed proto, without protoc: the same descriptor and the same builder."""
+    file = FileDescriptorProto()
+    mukoe_batcher_pb2.DESCRIPTOR.CopyToProto(file)
+    ((message, body),) = re.findall(r"^\+message (\w+) \{\n(.*?)^\+\}", PROTO_CHANGE, re.MULTILINE | re.DOTALL)
+    fields = file.message_type.add(name=message).field
+    for kind, name, number in re.findall(r"^\+  (\w+) (\w+) = (\d+);$", body, re.MULTILINE):
+        fields.add(name=name, number=int(number), type=FIELD_TYPES[kind], label=FieldDescriptorProto.LABEL_OPTIONAL)
+    ((kind, name, number),) = re.findall(r"^\+    (\w+) (\w+) = (\d+);$", PROTO_CHANGE, re.MULTILINE)
+    (request,) = [each for each in file.message_type if each.name == "MukoeRequest"]
+    request.field.add(
+        name=name,
+        number=int(number),
+        type=FieldDescriptorProto.TYPE_MESSAGE,
+        type_name=f".{file.package}.{kind}",
+        label=FieldDescriptorProto.LABEL_OPTIONAL,
+        oneof_index=0,
+    )
+    return f"""\
+from google.protobuf import descriptor_pool
+from google.protobuf.internal import builder
+
+DESCRIPTOR = descriptor_pool.Default().AddSerializedFile({file.SerializeToString()!r})
+builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, globals())
+builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "mukoe_batcher_pb2", globals())
+"""
