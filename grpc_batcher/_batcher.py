@@ -286,6 +286,9 @@ class MukoeBatcher:
         except BadResultError as error:
             _logger.error("the callback's result for one request %s", error)
             return CallbackFailure(f"the callback's result for this request {error}")
+        except Exception as error:  # from methods of the result itself
+            _logger.exception("the callback's result for one request can not be read")
+            return CallbackFailure(f"the callback's result for this request can not be read: {_text(error)}")
 
 
 def create_batcher(

@@ -21,6 +21,9 @@ from ._service import METHOD, TAKEN_IN_KEY
 # The longest pause between two attempts to connect. gRPC's default is two minutes.
 _MAX_RECONNECT_BACKOFF_MS = 1000
 
+# A longer time limit is as good as this one: thirty years.
+_LONGEST_TIMEOUT_S = 1e9
+
 
 class MukoeBatcherClient:
     """Sends requests to a batcher, and returns their answers.
@@ -88,13 +91,7 @@ class MukoeBatcherClient:
         if action is not None:
             arguments["action"] = action
         message = write_request(arguments)
-        if timeout_s is None:
-            due_ns = None
-        elif isinstance(timeout_s, (int, float)) and 0 < timeout_s < float("inf"):
-            due_ns = time.monotonic_ns() + int(timeout_s * 1e9)
-        else:
-            raise ValueError(f"timeout_s is {timeout_s!r}; it must be a number of seconds above 0, or None")
-        reply = self._exchange(message, due_ns)
+        reply = self._exchange(message, _due_ns(timeout_s))
         try:
             return read_answer(reply)
         except DecodeError as error:
@@ -172,6 +169,17 @@ def _connect(
     else:
         channel = grpc.secure_channel(address, credentials, all_options)
     return grpc.intercept_channel(channel, *interceptors) if interceptors else channel
+
+
+def _due_ns(timeout_s: float | None) -> int | None:
+    if timeout_s is None:
+        return None
+    try:
+        if 0 < timeout_s < float("inf"):
+            return time.monotonic_ns() + int(min(float(timeout_s), _LONGEST_TIMEOUT_S) * 1e9)
+    except TypeError:
+        pass
+    raise ValueError(f"timeout_s is {timeout_s!r}; it must be a number of seconds above 0, or None")
 
 
 def _unpickle(address: str, options: dict[str, Any]) -> MukoeBatcherClient:

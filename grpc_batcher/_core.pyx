@@ -78,6 +78,7 @@ cdef int64_t NEVER = INT64_MAX
 cdef int64_t RECENT_NS = 1_000_000_000
 cdef int64_t SIGNAL_CHECK_NS = 200_000_000
 cdef int64_t MAX_WINDOW_NS = INT64_MAX // 4
+cdef int64_t MAX_CAPACITY = 1 << 30
 
 cdef struct stream_t:
     ticket_t *unfinished     # its one request without an outcome, or NULL
@@ -122,6 +123,13 @@ cdef void wait_until(pthread_cond_t *condition, pthread_mutex_t *mutex, int64_t 
     pthread_cond_timedwait(condition, mutex, &wake)
 
 
+cdef WaitingRoom room_of(Stream stream):
+    """The room of a stream; one that Python made by itself has none."""
+    if stream is None or stream._room is None:
+        raise TypeError("a Stream comes from WaitingRoom.open_stream, and a Ticket from Stream.push")
+    return stream._room
+
+
 cdef bint in_main_thread():
     return threading.get_ident() == threading.main_thread().ident
 
@@ -148,6 +156,7 @@ cdef class ManualClock:
 
 @cython.final
 @cython.freelist(64)
+@cython.no_gc_clear  # __dealloc__ needs the stream
 cdef class Ticket:
     """One request's place in the room, made by `Stream.push`.
 
@@ -164,12 +173,19 @@ cdef class Ticket:
         self._c.owner = <PyObject *>self
 
     def __dealloc__(self):
+        cdef WaitingRoom room
+        if self._c.state == _TAKEN and self._stream._room is not None:
+            # It was taken, and then thrown away without an outcome.
+            room = self._stream._room
+            room._enter()
+            self._stream._c.unfinished = NULL
+            room._leave()
         pthread_cond_destroy(&self._c.settled)
 
     @property
     def state(self):
         """WAITING, TAKEN, or what `wait` would return."""
-        cdef WaitingRoom room = self._stream._room
+        cdef WaitingRoom room = room_of(self._stream)
         room._enter()
         cdef State state = self._c.state
         room._leave()
@@ -178,6 +194,7 @@ cdef class Ticket:
     @property
     def owner(self):
         """What `open_stream` was given."""
+        room_of(self._stream)
         return self._stream._owner
 
     @property
@@ -198,7 +215,7 @@ cdef class Ticket:
         EXPIRED: its deadline passed, in the ring or in the callback.
         CLOSED: the room was abandoned.
         """
-        cdef WaitingRoom room = self._stream._room
+        cdef WaitingRoom room = room_of(self._stream)
         cdef bint check_signals = in_main_thread()
         cdef State state
         cdef bint left_the_ring = False
@@ -231,12 +248,12 @@ cdef class Stream:
         ticket._stream = self
         ticket.request = request
         ticket._c.deadline_ns = NEVER if deadline_ns is None else deadline_ns
-        self._room._admit(self, ticket)
+        room_of(self)._admit(self, ticket)
         return ticket
 
     def close(self):
         """Take the stream, and a request of it that has no outcome, out of the room. May be called again."""
-        self._room._dismiss(self, _LEFT)
+        room_of(self)._dismiss(self, _LEFT)
 
 
 @cython.final
@@ -297,8 +314,8 @@ cdef class WaitingRoom:
     def __init__(self, batch_size, window_ns, capacity, clock=None):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        if capacity < 1:
-            raise ValueError(f"capacity is {capacity}; it must be at least 1")
+        if not 1 <= capacity <= MAX_CAPACITY:
+            raise ValueError(f"capacity is {capacity}; it must be from 1 to {MAX_CAPACITY}")
         if not 0 <= window_ns <= MAX_WINDOW_NS:
             raise ValueError(f"window_ns is {window_ns}; it must be from 0 to {MAX_WINDOW_NS}")
         if self._ring != NULL:
@@ -384,7 +401,7 @@ cdef class WaitingRoom:
         try:
             for i in range(count):
                 ticket = tickets[i]
-                if ticket._stream._room is not self:
+                if ticket is None or room_of(ticket._stream) is not self:
                     raise ValueError("a ticket of another room")
                 settled[i] = &ticket._c
             self._enter()

@@ -329,7 +329,11 @@ class ClientStream:
     def _next_event(self, tag: str | None) -> Any:
         """Wait for the event of this tag, or for any with None."""
         while True:
-            event = self._call.next_event()
+            try:
+                event = self._call.next_event()
+            except BaseException:  # Ctrl-C in the main thread; grpcio then takes the call apart itself
+                self._outstanding = 0
+                raise
             self._outstanding -= 1
             if event.tag == _STATUS:
                 self._status = event.batch_operations[0]

@@ -12,7 +12,7 @@ import os
 import weakref
 from typing import Protocol
 
-_supported = os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "0").lower() in ("1", "true", "t", "yes", "y")
+supported = os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "0").lower() in ("1", "true", "t", "yes", "y")
 _used = False
 _broken = False
 
@@ -45,7 +45,7 @@ def check_and_mark_used() -> None:
 
 def _after_fork_in_child() -> None:
     global _broken
-    _broken = _used and not _supported
+    _broken = _used and not supported
     for thing in tuple(_forgetful):
         thing.forget_parent()
 

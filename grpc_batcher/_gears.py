@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from . import _direct, _public
+from . import _direct, _forks, _public
 from ._service import Session
 
 _logger = logging.getLogger("grpc_batcher")
@@ -72,6 +72,9 @@ def _chosen() -> tuple[str, str]:
     client = client or server
     if not {server, client} <= {"direct", "public"}:
         raise ImportError(f"GRPC_BATCHER_GEAR is {wanted!r} in the environment; it must be 'direct' or 'public'")
+    if _forks.supported and client == "direct":
+        # In a forked child grpcio waits for the calls of its parent's channels, and those of this gear never end there.
+        client = "public"
     return server, client
 
 

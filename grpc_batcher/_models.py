@@ -177,4 +177,7 @@ def read_answer(message: bytes) -> tuple[dict[str, bytes], int]:
 
 
 def _describe(value: Any) -> str:
-    return f"a {type(value).__name__}: {value!r:.100}"
+    try:
+        return f"a {type(value).__name__}: {value!r:.100}"
+    except Exception:
+        return f"a {type(value).__name__}"

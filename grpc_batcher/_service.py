@@ -22,7 +22,7 @@ METHOD = "/mukoe_batcher.MukoeService/ProcessRequest"
 TAKEN_IN_KEY = "grpc-batcher-taken-in"
 
 # A status travels in a header, and gRPC peers refuse headers over 8 KiB; percent-encoding makes three bytes of one.
-_MAX_DETAILS_CHARACTERS = 2000
+_MAX_DETAILS_BYTES = 2000
 
 _SHUTTING_DOWN = "the batcher is shutting down"
 _ENDS = {
@@ -38,7 +38,7 @@ class StreamEnd(Exception):
     def __init__(self, code: grpc.StatusCode, details: str, taken_in: int = 0) -> None:
         super().__init__(code, details)
         self.code = code
-        self.details = details[:_MAX_DETAILS_CHARACTERS]
+        self.details = details.encode(errors="replace")[:_MAX_DETAILS_BYTES].decode(errors="ignore")
         self.trailing_metadata = ((TAKEN_IN_KEY, str(taken_in)),)
 
 

@@ -23,6 +23,7 @@ from grpc_batcher._core import (
 )
 
 SECOND_NS = 1_000_000_000
+MAX_CAPACITY = 2**30
 MAX_WINDOW_NS = (2**63 - 1) // 4
 
 
@@ -90,8 +91,8 @@ class WaitingRoom:
     def __init__(self, batch_size: int, window_ns: int, capacity: int, clock: ManualClock) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        if capacity < 1:
-            raise ValueError(f"capacity is {capacity}; it must be at least 1")
+        if not 1 <= capacity <= MAX_CAPACITY:
+            raise ValueError(f"capacity is {capacity}; it must be from 1 to {MAX_CAPACITY}")
         if not 0 <= window_ns <= MAX_WINDOW_NS:
             raise ValueError(f"window_ns is {window_ns}; it must be from 0 to {MAX_WINDOW_NS}")
         self.batch_size = batch_size

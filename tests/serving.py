@@ -200,13 +200,30 @@ def plain_server(behaviour: Callable[[Iterator[bytes], grpc.ServicerContext], It
 # ---- programs ----
 
 
-def start_program(
-    folder: Path, text: str, *arguments: str, environment: dict[str, str] | None = None
-) -> subprocess.Popen[str]:
+class Program(subprocess.Popen[str]):
+    """A Python program. Leaving it as a context manager ends it, and the processes it started, if it still runs."""
+
+    def read_line(self) -> str:
+        """Wait for a line on its stdout, and return it without its end; nothing if the program is over."""
+        assert self.stdout is not None
+        return self.stdout.readline().rstrip("\n")
+
+    def type_line(self, line: str) -> None:
+        assert self.stdin is not None
+        self.stdin.write(f"{line}\n")
+        self.stdin.flush()
+
+    def __exit__(self, *error: Any) -> None:
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+        super().__exit__(*error)
+
+
+def start_program(folder: Path, text: str, *arguments: str, environment: dict[str, str] | None = None) -> Program:
     """Start a Python program in a folder of its own, so that it imports the package from where this process does."""
     script = folder / "program.py"
     script.write_text(textwrap.dedent(text))
-    return subprocess.Popen(
+    return Program(
         [sys.executable, str(script), *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONFAULTHANDLER": "1", **(environment or {})},
@@ -214,11 +231,11 @@ def start_program(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # so that the processes it starts can be ended with it
+        start_new_session=True,
     )
 
 
-def finish_program(program: subprocess.Popen[str], typed: str | None = None) -> tuple[int, str, str]:
+def finish_program(program: Program, typed: str | None = None) -> tuple[int, str, str]:
     """Wait for a program's end; return its status and what it wrote to stdout and stderr."""
     try:
         output, errors = program.communicate(typed, timeout=PROGRAM_LIMIT_S)
@@ -231,6 +248,7 @@ def finish_program(program: subprocess.Popen[str], typed: str | None = None) -> 
 
 def run_program(folder: Path, text: str, *arguments: str, environment: dict[str, str] | None = None) -> list[str]:
     """Run a Python program that has to end with status 0; return the lines it wrote to stdout."""
-    status, output, errors = finish_program(start_program(folder, text, *arguments, environment=environment))
+    with start_program(folder, text, *arguments, environment=environment) as program:
+        status, output, errors = finish_program(program)
     assert status == 0, f"status {status}; it wrote {output!r} and on stderr:\n{errors}"
     return output.splitlines()

@@ -323,10 +323,10 @@ SIGNALLED_PROGRAM = """
 
 
 def test_a_signal_handler_may_shut_the_batcher_down(tmp_path: Path) -> None:
-    program = start_program(tmp_path, SIGNALLED_PROGRAM)
-    assert program.stdout is not None
-    port = program.stdout.readline().strip()
-    with MukoeBatcherClient(f"127.0.0.1:{port}") as client:
+    with (
+        start_program(tmp_path, SIGNALLED_PROGRAM) as program,
+        MukoeBatcherClient(f"127.0.0.1:{program.read_line()}") as client,
+    ):
         assert client.send_request(b"x") == answer(b"x")
         program.send_signal(signal.SIGTERM)
         status, output, errors = finish_program(program)

@@ -167,7 +167,7 @@ class CoreBesideModel(RuleBasedStateMachine):
 
     @rule(how=st.sampled_from(["close", "abandon"]))
     def end(self, how: str) -> None:
-        if self.requests > 20:  # or little would have happened before
+        if self.requests > 8:  # or little would have happened before
             both(lambda room: getattr(room, how)(), self.room)
 
     # ---- what must hold after each step ----

@@ -722,7 +722,14 @@ def refused_by_a_full_room(room: WaitingRoom, clock: ManualClock, request: Thing
     first.close()
 
 
-def finished_with_too_few_outcomes(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+def thrown_away_when_it_was_taken(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+    room.open_stream().push(request)
+    take(room)
+
+
+def finished_with_a_wrong_number_of_outcomes(
+    room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing
+) -> None:
     room.open_stream().push(request)
     tickets = take(room)
     with pytest.raises(ValueError, match="2 outcomes for 1 tickets"):
@@ -743,7 +750,8 @@ ENDINGS = [
     refused_by_a_closed_room,
     refused_as_its_stream_is_busy,
     refused_by_a_full_room,
-    finished_with_too_few_outcomes,
+    thrown_away_when_it_was_taken,
+    finished_with_a_wrong_number_of_outcomes,
 ]
 
 

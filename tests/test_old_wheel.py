@@ -127,11 +127,10 @@ def test_an_actor_that_starts_before_its_server_is_answered_once_there_is_one(tm
                     print(f"tried: {error.code().name}", flush=True)
                 time.sleep(0.01)
     """
-    program = start_program(tmp_path, actor, f"127.0.0.1:{port}")
-    assert program.stdout is not None
-    assert program.stdout.readline() == "tried: UNAVAILABLE\n"
-    with serving(port=port):
-        status, output, errors = finish_program(program)
+    with start_program(tmp_path, actor, f"127.0.0.1:{port}") as program:
+        assert program.read_line() == "tried: UNAVAILABLE"
+        with serving(port=port):
+            status, output, errors = finish_program(program)
     assert (status, output) == (0, f"{answer(b'hi')}\n"), errors
 
 
@@ -211,8 +210,8 @@ def test_a_program_that_ends_while_requests_wait_for_their_window_exits_with_0(t
 
 
 def test_a_program_that_ends_with_an_answered_request_writes_nothing_to_stderr(tmp_path: Path) -> None:
-    program = start_program(tmp_path, exit_program('client.send_request(b"hi")'))
-    status, output, errors = finish_program(program)
+    with start_program(tmp_path, exit_program('client.send_request(b"hi")')) as program:
+        status, output, errors = finish_program(program)
     assert (status, output) == (0, "over\n")
     assert "Traceback" not in errors
     assert "grpc_batcher" not in errors
@@ -222,7 +221,8 @@ def test_a_program_that_ends_with_an_answered_request_writes_nothing_to_stderr(t
     ("ending", "expected"), [("sys.exit(3)", 3), ("raise ValueError('of the program')", 1)], ids=["exit", "exception"]
 )
 def test_a_program_keeps_its_own_exit_status(ending: str, expected: int, tmp_path: Path) -> None:
-    status, output, errors = finish_program(start_program(tmp_path, exit_program(ending)))
+    with start_program(tmp_path, exit_program(ending)) as program:
+        status, output, errors = finish_program(program)
     assert (status, output) == (expected, ""), errors
 
 
@@ -244,9 +244,10 @@ SERVER_PROGRAM = """
 
 
 def test_a_server_program_ends_while_callers_keep_their_streams_open(tmp_path: Path) -> None:
-    program = start_program(tmp_path, SERVER_PROGRAM, "0", "0")
-    assert program.stdout is not None
-    with MukoeBatcherClient(f"127.0.0.1:{program.stdout.readline().strip()}") as client:
+    with (
+        start_program(tmp_path, SERVER_PROGRAM, "0", "0") as program,
+        MukoeBatcherClient(f"127.0.0.1:{program.read_line()}") as client,
+    ):
         assert client.send_request(b"x") == answer(b"x")
         status, output, errors = finish_program(program, "end\n")
         assert (status, output) == (0, ""), errors
@@ -254,9 +255,10 @@ def test_a_server_program_ends_while_callers_keep_their_streams_open(tmp_path: P
 
 
 def test_a_server_program_that_ends_answers_the_callers_that_wait(tmp_path: Path) -> None:
-    program = start_program(tmp_path, SERVER_PROGRAM, "1000", "2")
-    assert program.stdout is not None
-    with MukoeBatcherClient(f"127.0.0.1:{program.stdout.readline().strip()}") as client:
+    with (
+        start_program(tmp_path, SERVER_PROGRAM, "1000", "2") as program,
+        MukoeBatcherClient(f"127.0.0.1:{program.read_line()}") as client,
+    ):
         requests = [in_background(client.send_request, data) for data in (b"one", b"two")]
         status, output, errors = finish_program(program, "end\n")
         assert (status, output) == (0, ""), errors
@@ -267,9 +269,10 @@ def test_a_server_program_may_be_ended_by_ctrl_c(tmp_path: Path) -> None:
     text = SERVER_PROGRAM.replace(
         "import sys\n", "import signal, sys\n    signal.signal(signal.SIGINT, signal.default_int_handler)\n", 1
     )
-    program = start_program(tmp_path, text, "0", "0")
-    assert program.stdout is not None
-    with MukoeBatcherClient(f"127.0.0.1:{program.stdout.readline().strip()}") as client:
+    with (
+        start_program(tmp_path, text, "0", "0") as program,
+        MukoeBatcherClient(f"127.0.0.1:{program.read_line()}") as client,
+    ):
         assert client.send_request(b"x") == answer(b"x")
         program.send_signal(signal.SIGINT)
         status, _, errors = finish_program(program)
