@@ -138,6 +138,9 @@ class MukoeBatcherClient:
                 raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer within timeout_s") from None
             if not again and _was_not_taken_in(loan, error):
                 return self._exchange(message, due_ns, again=True)
+            if code is grpc.StatusCode.CANCELLED and not self._pool.closed:
+                # Not by this end: a server that shuts down drops so the streams that it has not looked at yet.
+                code = grpc.StatusCode.UNAVAILABLE
             raise RequestError(code, error.details() or "") from None
         except BaseException:  # such as Ctrl-C: what comes on this stream now would be another request's answer
             self._pool.discard(loan, server_lost=False)

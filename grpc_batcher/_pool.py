@@ -141,6 +141,11 @@ class StreamPool:
         if link is not None and not lent and not idle:
             link.channel.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the client is closed")

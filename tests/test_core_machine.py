@@ -44,10 +44,10 @@ def both(call: Callable[[Any], Any], pair: Pair) -> Any:
 
 class CoreBesideModel(RuleBasedStateMachine):
     @initialize(
-        batch_size=st.integers(1, 5),
-        window_ns=st.sampled_from([0, 5, SECOND_NS // 2, 3 * SECOND_NS]),
-        capacity=st.integers(1, 7),
-        callers=st.integers(0, 5),
+        batch_size=st.sampled_from([4, 2, 6, 3, 1]),
+        window_ns=st.sampled_from([5, 3 * SECOND_NS, SECOND_NS // 2, 0]),
+        capacity=st.sampled_from([5, 3, 8, 4, 1, 2]),
+        callers=st.sampled_from([3, 1, 2, 5, 0]),
     )
     def open_room(self, batch_size: int, window_ns: int, capacity: int, callers: int) -> None:
         """A room, with some streams that were answered just now."""
@@ -70,7 +70,7 @@ class CoreBesideModel(RuleBasedStateMachine):
     # ---- callers ----
 
     @rule(owner=st.integers())
-    def open_stream(self, owner: int) -> None:
+    def open_stream(self, owner: int | None) -> None:
         self.streams.append(Pair(self.room.core.open_stream(owner), self.room.model.open_stream(owner)))
 
     def push(self, stream: Pair, deadline_in_ns: int | None) -> None:
@@ -99,6 +99,15 @@ class CoreBesideModel(RuleBasedStateMachine):
     def close_stream(self, data: st.DataObject) -> None:
         if self.streams:
             both(lambda stream: stream.close(), data.draw(st.sampled_from(self.streams)))
+
+    @rule(data=st.data())
+    def some_callers_go_and_others_come(self, data: st.DataObject) -> None:
+        """So that the ring gets gaps."""
+        waiting = [one for one in self.streams if any(t.stream is one.model for t in self.room.model.queue())]
+        for leaver in data.draw(st.permutations(waiting))[:3]:
+            both(lambda stream: stream.close(), leaver)
+            self.open_stream(None)
+            self.push(self.streams[-1], data.draw(DEADLINES_NS))
 
     @rule(data=st.data())
     def wait_where_it_does_not_block(self, data: st.DataObject) -> None:

@@ -298,9 +298,11 @@ def test_each_request_is_answered_or_left_when_streams_close_at_random_moments(
     server = threads.submit(serve, room)
     closers = [threads.submit(close_them) for _ in range(2)]
     results = [threads.submit(call_and_perhaps_leave, name) for name in range(10)]
-    pushed = [ticket for result in results for ticket in result.result()]
-    for _ in closers:
-        to_close.put(None)
+    try:
+        pushed = [ticket for result in results for ticket in result.result()]
+    finally:
+        for _ in closers:
+            to_close.put(None)
     for closer in closers:
         closer.result()
     room.close()

@@ -431,12 +431,11 @@ def test_a_request_beyond_a_full_queue_is_refused_at_once() -> None:
 
 def test_a_client_whose_request_met_a_full_queue_is_served_once_there_is_room() -> None:
     with Held() as held, serving(held, max_queue_size=1) as batcher, connect(batcher) as client:
-        in_callback(held, client, b"in the callback")
-        request = waiting(batcher, client.send_request, b"waits")
+        requests = [in_callback(held, client, b"in the callback"), waiting(batcher, client.send_request, b"waits")]
         for _ in range(3):
             assert_error(error_of(client.send_request, b"one too many"), RESOURCE_EXHAUSTED, "max_queue_size")
         held.release(3)
-        assert request.result() == answer(b"waits")
+        assert [request.result() for request in requests] == [answer(b"in the callback"), answer(b"waits")]
         assert client.send_request(b"later") == answer(b"later")
         assert batcher.metrics().requests == {"OK": 3, "RESOURCE_EXHAUSTED": 3}
 
