@@ -5,13 +5,21 @@ BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
 SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.py grpc_batcher/*.pyi grpc_batcher/*.pyx grpc_batcher/_proto/*)
 
-.PHONY: demo test lint debug proto check-proto clean
+OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_readme.py,$(wildcard tests/test_*.py))
+
+.PHONY: demo test test-gears lint debug proto check-proto clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/atari_demo.py
 
 test: $(VENV)/installed-test
 	$(BIN)/pytest tests
+
+# The tests over sockets once more, in the pairings of server and client that `make test` leaves out.
+test-gears: $(VENV)/installed-test
+	for gears in public public/direct direct/public; do \
+		GRPC_BATCHER_GEAR=$$gears $(BIN)/pytest -q $(OVER_SOCKETS) || exit 1; \
+	done
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
