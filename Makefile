@@ -26,7 +26,7 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff format --check .
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint grpc_batcher
 	$(BIN)/mypy
-	$(BIN)/stubtest grpc_batcher._core grpc_batcher._wire
+	$(BIN)/stubtest --mypy-config-file pyproject.toml grpc_batcher._core grpc_batcher._wire
 
 # The core with its invariants checked, under the same tests.
 debug: $(VENV)-debug/bin/python
