@@ -200,10 +200,11 @@ class _ServerStream:
         """The ticket has ended. Runs in any thread."""
         try:
             reply = self._session.reply(ticket)
+            # Before the reply goes out, for the caller's next request may come in on its heels.
+            self._session.replied()
             self._start(
                 (cygrpc.SendMessageOperation(reply, _NO_FLAGS), cygrpc.ReceiveMessageOperation(_NO_FLAGS)),
             )
-            self._session.replied()
         except StreamEnd as end:
             self._end(end)
         except Exception as error:

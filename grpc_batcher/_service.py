@@ -67,24 +67,26 @@ class Session:
         self._service = service
         self._stream = service.room.open_stream(self)
         self._taken_in = 0
-        self._unanswered: list[_core.Ticket] = []  # the request that was taken in and has no reply yet
+        self._ticket: _core.Ticket | None = None  # of the last request
+        self._uncounted: list[None] = []  # one for the request that was taken in and has no reply yet
         self.busy = False
         self._deadline_ns = _deadline_ns(context.time_remaining())
 
     def accept(self, message: bytes) -> _core.Ticket:
         """Let a request in. Raises StreamEnd."""
         self.busy = True
-        try:
-            ticket = self._stream.push(self._service.model.read_request(message), self._deadline_ns)
-        except BadRequestError as error:
-            raise self._end(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
-        except _core.QueueFullError as error:
-            raise self._end(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{error} (max_queue_size)") from None
-        except _core.RoomClosedError:
-            raise self._end(grpc.StatusCode.UNAVAILABLE, _SHUTTING_DOWN) from None
+        # Before the push: its reply may be due, in another thread, before it returns.
         self._taken_in += 1
-        self._unanswered.append(ticket)
-        return ticket
+        self._uncounted.append(None)
+        try:
+            self._ticket = self._stream.push(self._service.model.read_request(message), self._deadline_ns)
+        except BadRequestError as error:
+            raise self._refuse(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
+        except _core.QueueFullError as error:
+            raise self._refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{error} (max_queue_size)") from None
+        except _core.RoomClosedError:
+            raise self._refuse(grpc.StatusCode.UNAVAILABLE, _SHUTTING_DOWN) from None
+        return self._ticket
 
     def reply(self, ticket: _core.Ticket) -> bytes:
         """Return the message that answers a ticket that has ended. Raises StreamEnd."""
@@ -114,9 +116,8 @@ class Session:
 
     def shut_down(self) -> None:
         """The batcher takes no more requests, and has given up on those without an outcome."""
-        for ticket in tuple(self._unanswered):
-            if ticket.state == _core.CLOSED and self.on_reply_due is not None:
-                self.on_reply_due(ticket)
+        if self._ticket is not None and self._ticket.state == _core.CLOSED and self.on_reply_due is not None:
+            self.on_reply_due(self._ticket)
         if self.on_shutdown is not None:
             self.on_shutdown(StreamEnd(grpc.StatusCode.UNAVAILABLE, _SHUTTING_DOWN, self._taken_in))
 
@@ -133,10 +134,15 @@ class Session:
     def _count_once(self) -> bool:
         """Whether the request that was taken in is still to be counted. A reply and the caller's leaving may race."""
         try:
-            self._unanswered.pop()
+            self._uncounted.pop()
         except IndexError:
             return False
         return True
+
+    def _refuse(self, code: grpc.StatusCode, details: str) -> StreamEnd:
+        self._taken_in -= 1
+        self._count_once()
+        return self._end(code, details)
 
     def _end(self, code: grpc.StatusCode, details: str) -> StreamEnd:
         self._service.recorder.request_ended(code.name)

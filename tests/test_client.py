@@ -309,7 +309,7 @@ def test_all_threads_of_a_client_are_answered_after_a_restart() -> None:
 
 
 def test_no_request_is_executed_twice_or_lost_while_servers_come_and_go_under_load() -> None:
-    threads, restarts, answers_between = 8, 5, 100
+    threads, restarts, answers_between = 8, 20, 50
     executed: Counter[bytes] = Counter()
     answered: list[bytes] = []
     failed: dict[bytes, RequestError] = {}
