@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.py grpc_b
 
 OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_readme.py,$(wildcard tests/test_*.py))
 
-.PHONY: demo test test-gears lint debug proto check-proto clean
+.PHONY: demo test test-gears bench lint debug proto check-proto clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/atari_demo.py
@@ -20,6 +20,9 @@ test-gears: $(VENV)/installed-test
 	for gears in public public/direct direct/public; do \
 		GRPC_BATCHER_GEAR=$$gears $(BIN)/pytest -q $(OVER_SOCKETS) || exit 1; \
 	done
+
+bench: $(VENV)/installed-bench
+	$(BIN)/python benchmarks/run.py $(BENCH_OPTIONS)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

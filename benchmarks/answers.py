@@ -1,0 +1,15 @@
+"""What every server answers: 1 KiB that end with the request's last 8 bytes, so that each answer shows whose it is."""
+
+from __future__ import annotations
+
+TAG_BYTES = 8
+ANSWER_BYTES = 1024
+
+FILLER = b"a" * (ANSWER_BYTES - TAG_BYTES)
+
+# The key of the answer's one value, where answers are dictionaries.
+KEY = "r"
+
+
+def answer_to(payload: bytes) -> bytes:
+    return FILLER + payload[-TAG_BYTES:]

@@ -1,0 +1,139 @@
+"""How each kind of server is asked: this library's client, grpcio's own two ways, and HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from answers import KEY, answer_to
+from load import Send, batcher_senders
+
+from grpc_batcher import MukoeBatcherClient
+
+METHOD = "/mukoe_batcher.MukoeService/ProcessRequest"
+
+
+@dataclass
+class Connection:
+    """A process's way to a server.
+
+    senders: returns one for each of so many threads. Asked again for more, it keeps those it had.
+    expected: the right answer to a payload.
+    gear: returns that of this library's client, and None for others.
+    """
+
+    senders: Callable[[int], list[Send]]
+    expected: Callable[[bytes], Any]
+    close: Callable[[], None]
+    gear: Callable[[], str | None] = lambda: None
+
+
+def connect(kind: str, address: str) -> Connection:
+    return _KINDS[kind](address)
+
+
+def _batcher(address: str) -> Connection:
+    client = MukoeBatcherClient(address)
+    return Connection(
+        senders=lambda callers: batcher_senders(client, callers),
+        expected=_batcher_answer,
+        close=client.close,
+        gear=lambda: client.gear,
+    )
+
+
+def _batcher_each(address: str) -> Connection:
+    """A client for each thread, and so a connection, as callers in processes of their own would have."""
+    clients: list[MukoeBatcherClient] = []
+
+    def open_client() -> Send:
+        clients.append(MukoeBatcherClient(address))
+        return clients[-1].send_request
+
+    def close() -> None:
+        for client in clients:
+            client.close()
+
+    return Connection(_kept(open_client), _batcher_answer, close, lambda: MukoeBatcherClient(address).gear)
+
+
+def _batcher_answer(payload: bytes) -> tuple[dict[str, bytes], int]:
+    return {KEY: answer_to(payload)}, 0
+
+
+def _grpcio_streams(address: str) -> Connection:
+    """Plain grpcio: a stream for each thread, kept for all its requests."""
+    channel = grpc.insecure_channel(address)
+
+    def open_stream() -> Send:
+        outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        answers = channel.stream_stream(METHOD)(iter(outbox.get, None))
+
+        def send(payload: bytes) -> bytes:
+            outbox.put(payload)
+            return next(answers)  # type: ignore[no-any-return]
+
+        return send
+
+    return Connection(_kept(open_stream), answer_to, channel.close)
+
+
+def _grpcio_calls(address: str) -> Connection:
+    """Plain grpcio: a new call for each request, as the wire contract's old clients make it."""
+    channel = grpc.insecure_channel(address)
+    method = channel.stream_stream(METHOD)
+
+    def send(payload: bytes) -> bytes:
+        (answer,) = method(iter((payload,)))
+        return answer  # type: ignore[no-any-return]
+
+    return Connection(lambda callers: [send] * callers, answer_to, channel.close)
+
+
+def _http(address: str) -> Connection:
+    """The standard library's HTTP client: a connection for each thread, kept for all its requests."""
+    connections = []
+
+    def open_connection() -> Send:
+        connection = http.client.HTTPConnection(address)
+        connections.append(connection)
+
+        def send(payload: bytes) -> bytes:
+            connection.request("POST", "/inference", payload)
+            response = connection.getresponse()
+            body = response.read()
+            if response.status != 200:
+                raise RuntimeError(f"HTTP status {response.status}: {body[:200]!r}")
+            return body
+
+        return send
+
+    def close() -> None:
+        for connection in connections:
+            connection.close()
+
+    return Connection(_kept(open_connection), answer_to, close)
+
+
+def _kept(open_sender: Callable[[], Send]) -> Callable[[int], list[Send]]:
+    senders: list[Send] = []
+
+    def give(callers: int) -> list[Send]:
+        while len(senders) < callers:
+            senders.append(open_sender())
+        return senders[:callers]
+
+    return give
+
+
+_KINDS = {
+    "batcher": _batcher,
+    "batcher-each": _batcher_each,
+    "grpcio-streams": _grpcio_streams,
+    "grpcio-calls": _grpcio_calls,
+    "http": _http,
+}

@@ -1,0 +1,141 @@
+"""A process that drives the core alone, for rows/core_alone.py: threads push requests and wait, one takes batches."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import lines
+from load import Job, Window, percentile, run
+
+from grpc_batcher._core import WaitingRoom
+
+BATCH_SIZE = 16
+WINDOW_NS = 5_000_000
+
+
+class CoreRoom:
+    """The library's waiting room. What a request is finished with is the moment of that, so that a waiter can tell."""
+
+    def __init__(self, threads: int) -> None:
+        self._room = WaitingRoom(BATCH_SIZE, WINDOW_NS, max(BATCH_SIZE, threads))
+        self._streams = [self._room.open_stream() for _ in range(threads)]
+        self.pushed_to_taken_ns: list[int] = []
+        self.finished_to_woken_ns: list[int] = []
+        self.batches = 0
+        self.taken = 0
+
+    def sender(self, number: int) -> Callable[[Any], Any]:
+        push = self._streams[number].push
+        wakes_ns = self.finished_to_woken_ns
+
+        def send(request: Any) -> Any:
+            ticket = push(request)
+            ticket.wait()
+            wakes_ns.append(time.monotonic_ns() - ticket.outcome)
+            return ticket.request
+
+        return send
+
+    def serve(self) -> None:
+        while (taken := self._room.take_batch()) is not None:
+            now_ns = time.monotonic_ns()
+            _reason, tickets = taken
+            self.pushed_to_taken_ns.append(now_ns - tickets[-1].pushed_ns)
+            self.batches += 1
+            self.taken += len(tickets)
+            self._room.finish(tickets, [time.monotonic_ns()] * len(tickets))
+
+    def close(self) -> None:
+        self._room.close()
+
+
+class QueueRoom:
+    """The same of Python's own parts: a queue in, a lock for each caller out. It takes what is there."""
+
+    def __init__(self, threads: int) -> None:
+        self._queue: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
+        self.pushed_to_taken_ns: list[int] = []
+        self.finished_to_woken_ns: list[int] = []
+        self.batches = 0
+        self.taken = 0
+
+    def sender(self, number: int) -> Callable[[Any], Any]:
+        finished = threading.Lock()
+        finished.acquire()
+        wakes_ns = self.finished_to_woken_ns
+
+        def send(request: Any) -> Any:
+            ticket = [request, time.monotonic_ns(), finished, None]
+            self._queue.put(ticket)
+            finished.acquire()
+            wakes_ns.append(time.monotonic_ns() - ticket[3])
+            return ticket[0]
+
+        return send
+
+    def serve(self) -> None:
+        over = False
+        while not over:
+            taken = [self._queue.get()]
+            now_ns = time.monotonic_ns()
+            with suppress(queue.Empty):
+                while len(taken) < BATCH_SIZE:
+                    taken.append(self._queue.get_nowait())
+            over = None in taken
+            tickets = [ticket for ticket in taken if ticket is not None]
+            if not tickets:
+                break
+            self.pushed_to_taken_ns.append(now_ns - tickets[0][1])
+            self.batches += 1
+            self.taken += len(tickets)
+            finish_ns = time.monotonic_ns()
+            for ticket in tickets:
+                ticket[3] = finish_ns
+                ticket[2].release()
+
+    def close(self) -> None:
+        self._queue.put(None)
+
+
+def drive(room: CoreRoom | QueueRoom, threads: int, window: Window) -> dict[str, Any]:
+    taker = threading.Thread(target=room.serve)
+    taker.start()
+    jobs = [[Job(request, request) for request in (2 * number, 2 * number + 1)] for number in range(threads)]
+    outcome = run([room.sender(number) for number in range(threads)], jobs, window)
+    room.close()
+    taker.join()
+    problems = []
+    if outcome.wrong or outcome.errors:
+        problems.append(f"{outcome.wrong} wrong answers, failed: {outcome.errors}")
+    if outcome.warm < threads:
+        problems.append(f"{threads - outcome.warm} of {threads} threads had no answer while warming up")
+    if 0 in outcome.answers:
+        problems.append(f"{outcome.answers.count(0)} of {threads} threads had no answer")
+    latencies_ns = sorted(outcome.latencies_ns)
+    return {
+        "problems": problems,
+        "requests_per_s": len(latencies_ns) / window.length_s,
+        "p50_ms": percentile(latencies_ns, 50) / 1e6,
+        "p99_ms": percentile(latencies_ns, 99) / 1e6,
+        "mean_batch": room.taken / room.batches,
+        "push_to_taken_us": percentile(sorted(room.pushed_to_taken_ns), 50) / 1e3,
+        "finish_to_woken_us": percentile(sorted(room.finished_to_woken_ns), 50) / 1e3,
+    }
+
+
+def main() -> None:
+    lines.say()
+    rooms: dict[str, Callable[[int], CoreRoom | QueueRoom]] = {"core": CoreRoom, "queue": QueueRoom}
+    for command in lines.commands():
+        threads = command["threads"]
+        window = Window(command["start_ns"], command["from_ns"], command["until_ns"])
+        lines.say(**drive(rooms[command["room"]](threads), threads, window))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What the figures were measured on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import cpp_echo
+
+# Of the environment, what changes how these programs run.
+_TELLING = ("GRPC_", "MALLOC_", "GLIBC_", "PYTHON")
+
+
+def describe() -> dict[str, Any]:
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGESIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "grpc_batcher": _version("grpc-batcher"),
+        "grpcio": _version("grpcio"),
+        "protobuf": _version("protobuf"),
+        "mosec": _version("mosec"),
+        "grpc++": cpp_echo.grpc_version(),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_TELLING)},
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def in_words(machine: dict[str, Any]) -> str:
+    others = ", ".join(f"{name} {machine[name]}" for name in ("mosec", "grpc++") if machine[name])
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, Linux {machine['kernel']}; "
+        f"Python {machine['python']}, grpcio {machine['grpcio']}, protobuf {machine['protobuf']}, "
+        f"grpc_batcher {machine['grpc_batcher']}" + (f"; {others}" if others else "")
+    )
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.machine()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class Watch:
+    """How much of the machine others use from now on."""
+
+    def __init__(self) -> None:
+        self._begin = self._read()
+
+    def others_percent(self) -> float:
+        """To be called once all processes that this one started have ended."""
+        (total, busy, own), (total_before, busy_before, own_before) = self._read(), self._begin
+        others = (busy - busy_before) - (own - own_before)
+        return max(0.0, 100 * others / max(1e-9, total - total_before))
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        """Seconds: of all cores together, of those spent on processes, and on ours."""
+        ticks = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        user, nice, system, _idle, _iowait, _irq, _softirq, steal = ticks
+        usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        per_s = os.sysconf("SC_CLK_TCK")
+        return (
+            sum(ticks) / per_s,
+            (user + nice + system + steal) / per_s,
+            sum(usage.ru_utime + usage.ru_stime for usage in usages),
+        )

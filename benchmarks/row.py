@@ -1,0 +1,134 @@
+"""What a row of the benchmark is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from measuring import Group, Sample
+from processes import Child, ChildError, stop_all
+from systems import SYSTEMS, System, Unavailable
+
+K = TypeVar("K")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how much to measure.
+
+    rounds: how often each cell is measured; each round goes once through all cells of a row.
+    warm_s, window_s: how long callers ask before what they see counts, and while it does.
+    idle_s: for how long an idle server is watched.
+    most_public_streams: with more the public gear is left out; it takes seconds to open them.
+    """
+
+    rounds: int
+    warm_s: float
+    window_s: float
+    idle_s: float
+    most_public_streams: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to measure.
+
+    key: its name in the results and for the targets, as "throughput/64/direct". What it ends with is the system.
+    title: its name for people.
+    value: which of the sample's values stands for it.
+    """
+
+    key: str
+    title: str
+    value: str
+    measure: Callable[[], Sample]
+
+    @property
+    def system(self) -> str:
+        return self.key.rpartition("/")[2]
+
+
+@dataclass
+class Row:
+    """Cells that are measured in turn, and again in the next round.
+
+    in_order: whether each round must go through them in this order; else every second goes backwards.
+    most_rounds: where fewer than the settings ask for are enough.
+    begin_round: called before each round.
+    """
+
+    cells: list[Cell]
+    in_order: bool = False
+    most_rounds: int = 1000
+    begin_round: Callable[[], None] = field(default=lambda: None)
+
+
+Started = tuple[Child, list[Child]]
+
+
+class Bench:
+    """What rows share: the settings, the processes of all systems, and what could not run.
+
+    not_run: why, by the system's title.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.not_run: dict[str, str] = {}
+        self._all = ExitStack()
+        self._all_started: dict[str, Started] | None = None
+
+    def all_systems(self) -> dict[str, Started]:
+        """The processes of all systems, by name. They run until `release`."""
+        if self._all_started is None:
+            self._all_started = self.start(self._all, SYSTEMS)
+        return self._all_started
+
+    def release(self) -> None:
+        self._all.close()
+        self._all_started = None
+
+    def start(self, stack: ExitStack, systems: Mapping[K, System]) -> dict[K, Started]:
+        """Start a server and two processes of callers for each system, until the stack is closed.
+
+        Those that can not run here are left out, and noted in `not_run`.
+        """
+        children: list[Child] = []
+        stack.callback(stop_all, children)
+        servers: dict[K, Child] = {}
+        started: dict[K, Started] = {}
+        for name, system in systems.items():
+            with self._noting(system):
+                servers[name] = system.spawn_server()
+                children.append(servers[name])
+        for name, server in servers.items():
+            system = systems[name]
+            with self._noting(system):
+                system.check_ready(server)
+                callers = [system.spawn_callers(server) for _ in range(2)]
+                children += callers
+                started[name] = server, callers
+        for name, (_, callers) in tuple(started.items()):
+            with self._noting(systems[name]):
+                try:
+                    for child in callers:
+                        systems[name].check_ready(child)
+                except BaseException:
+                    del started[name]
+                    raise
+        return started
+
+    @contextmanager
+    def _noting(self, system: System) -> Iterator[None]:
+        try:
+            yield
+        except (Unavailable, ChildError) as error:
+            self.not_run[system.title] = str(error)
+
+
+def shared(callers: int, children: list[Child]) -> list[Group]:
+    """So many callers, spread over processes; the first ones have more where it does not come out even."""
+    share, more = divmod(callers, len(children))
+    return [Group(child, share + (number < more)) for number, child in enumerate(children)]

@@ -1,0 +1,58 @@
+"""What serving costs the callback: one of pure Python under full load, against the same one alone in the process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+
+from load import percentile
+from measuring import Sample, measure
+from processes import Child
+from row import Bench, Cell, Row, shared
+from systems import DIRECT, PUBLIC, batcher
+
+TITLE = "a callback of pure Python, about 1 ms: alone, and with 16 callers"
+
+CALLERS = 16
+
+
+def open_row(bench: Bench, stack: ExitStack) -> Row:
+    systems = {gear: batcher(gear, "python") for gear in (DIRECT, PUBLIC)}
+    cells = []
+    for gear, (server, callers) in bench.start(stack, systems).items():
+        title = systems[gear].title
+        cells += [
+            Cell(f"callback/alone/{gear}", f"alone: {title}", "mean_ms", partial(_alone, bench, server)),
+            Cell(f"callback/load/{gear}", f"under load: {title}", "mean_ms", partial(_loaded, bench, server, callers)),
+        ]
+    return Row(cells)
+
+
+def _alone(bench: Bench, server: Child) -> Sample:
+    calls = round(bench.settings.window_s * 1000)
+    notes = server.ask(do="alone", calls=calls)["notes"]
+    return Sample(_durations(notes))
+
+
+def _loaded(bench: Bench, server: Child, callers: list[Child]) -> Sample:
+    server.ask(do="notes")
+    sample = measure(
+        server,
+        shared(CALLERS, callers),
+        payload_bytes=64,
+        warm_s=bench.settings.warm_s,
+        window_s=bench.settings.window_s,
+        least_batch=8,
+    )
+    return Sample(sample.values | _durations(sample.notes(server)), sample.problems)
+
+
+def _durations(notes: Sequence[Sequence[int]]) -> dict[str, float]:
+    durations_ns = sorted(end_ns - begin_ns for begin_ns, end_ns, _cpu_ns in notes)
+    return {
+        "mean_ms": sum(durations_ns) / len(notes) / 1e6,
+        "p50_ms": percentile(durations_ns, 50) / 1e6,
+        "p99_ms": percentile(durations_ns, 99) / 1e6,
+        "callback_cpu_ms": sum(cpu_ns for _begin_ns, _end_ns, cpu_ns in notes) / len(notes) / 1e6,
+    }

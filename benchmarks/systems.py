@@ -1,0 +1,98 @@
+"""What is compared: which server, asked in which way."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import cpp_echo
+from answers import FILLER, KEY, TAG_BYTES
+from processes import Child, python
+
+from grpc_batcher._proto.mukoe_batcher_pb2 import KeyValue, ModelResponse, MukoeResponse
+
+BATCH_SIZE = 16
+BATCH_TIMEOUT_S = 0.005
+
+
+class Unavailable(Exception):
+    """Why a system can not run here."""
+
+
+@dataclass(frozen=True)
+class System:
+    """A server and its callers.
+
+    title: what the table calls it; README.md says more.
+    server: returns the command that starts the server. Raises Unavailable.
+    caller: a kind of callers.connect.
+    gear: which of this library's gears both ends use; None where there is no choice.
+    """
+
+    title: str
+    server: Callable[[], list[str]]
+    caller: str
+    gear: str | None = None
+
+    def spawn_server(self) -> Child:
+        """Start a server, and do not wait until it is ready. Raises Unavailable."""
+        return Child(f"the server of {self.title!r}", self.server(), gear=self.gear)
+
+    def spawn_callers(self, server: Child) -> Child:
+        """Start a process of callers, and do not wait until it is ready."""
+        address = f"127.0.0.1:{server.ready['port']}"
+        return Child(f"callers of {self.title!r}", python("call.py", self.caller, address), gear=self.gear)
+
+    def check_ready(self, child: Child) -> None:
+        """Wait until a process is ready. Raises Unavailable if it does not use the gear that was meant."""
+        gear = child.ready.get("gear")
+        if gear is not None and gear != self.gear:
+            raise Unavailable(f"with this grpcio the {self.gear} gear gives way to the {gear} one")
+
+
+def batcher(gear: str, callback: str = "answer", caller: str = "batcher") -> System:
+    return System(
+        f"{gear} gear",
+        lambda: python("servers/batcher.py", BATCH_SIZE, BATCH_TIMEOUT_S, callback),
+        caller,
+        gear,
+    )
+
+
+def grpcio_echo(title: str, caller: str, threads: int) -> System:
+    return System(title, lambda: python("servers/grpcio_echo.py", threads), caller)
+
+
+def _cpp_echo() -> list[str]:
+    # The answer's one value stands last in the message, and so does the value's tag.
+    answer = ModelResponse(dictionary=[KeyValue(key=KEY, values=FILLER + bytes(TAG_BYTES))])
+    reply = MukoeResponse(result=answer).SerializeToString()
+    assert reply.endswith(bytes(TAG_BYTES))
+    try:
+        return [str(cpp_echo.build()), reply.hex()]
+    except cpp_echo.NotBuilt as error:
+        raise Unavailable(str(error)) from None
+
+
+def _mosec() -> list[str]:
+    if importlib.util.find_spec("mosec") is None:
+        raise Unavailable("mosec is not installed (pip install mosec)")
+    return python("servers/mosec_server.py", BATCH_SIZE, BATCH_TIMEOUT_S)
+
+
+DIRECT = "direct"
+PUBLIC = "public"
+STREAMS = "grpcio-streams"
+CALLS = "grpcio-calls"
+CPP = "cpp"
+MOSEC = "mosec"
+
+SYSTEMS = {
+    DIRECT: batcher("direct"),
+    PUBLIC: batcher("public"),
+    STREAMS: grpcio_echo("plain grpcio, persistent streams", "grpcio-streams", 32),
+    CALLS: grpcio_echo("plain grpcio, a call per request", "grpcio-calls", 32),
+    CPP: System("C++ echo", _cpp_echo, "batcher", "direct"),
+    MOSEC: System("mosec", _mosec, "http"),
+}

@@ -1,0 +1,142 @@
+"""What is compared with what, and how it should come out: ratios of medians inside one run, and a few plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rows.streams import EACH
+from rows.throughput import SIZES
+from systems import CALLS, CPP, DIRECT, MOSEC, PUBLIC, STREAMS
+
+
+@dataclass(frozen=True)
+class Of:
+    """A value of a cell."""
+
+    key: str
+    value: str = "requests_per_s"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A comparison, with a target or, where neither limit is given, for information.
+
+    row: the row under which it is shown.
+    over: the value to judge, divided by `under` if that is given.
+    """
+
+    row: str
+    title: str
+    over: Of
+    under: Of | None = None
+    at_least: float | None = None
+    below: float | None = None
+
+    @property
+    def text(self) -> str:
+        if self.at_least is not None:
+            return f">= {self.at_least:g}"
+        return "" if self.below is None else f"< {self.below:g}"
+
+    def is_met(self, value: float) -> bool | None:
+        if self.at_least is not None:
+            return value >= self.at_least
+        return None if self.below is None else value < self.below
+
+
+# Of the throughput with 16 callers: the direct gear against each other system, at least so many times.
+_THROUGHPUT: dict[str, tuple[str, dict[int, float]]] = {
+    PUBLIC: ("the public gear", {64: 2.2}),
+    STREAMS: ("plain grpcio, persistent streams", {64: 2.0, 110_592: 1.7, 884_736: 1.1}),
+    CALLS: ("plain grpcio, a call per request", {64: 10}),
+    CPP: ("C++ echo", {64: 0.65, 110_592: 0.8, 884_736: 0.8}),
+    MOSEC: ("mosec", {64: 2.5}),
+}
+
+TARGETS = [
+    *(
+        Target(
+            "throughput",
+            f"{size:,} B: direct gear / {title}",
+            Of(f"throughput/{size}/{DIRECT}"),
+            Of(f"throughput/{size}/{name}"),
+            at_least=at_least.get(size),
+        )
+        for size in SIZES
+        for name, (title, at_least) in _THROUGHPUT.items()
+    ),
+    Target(
+        "few_callers",
+        "a lone caller: direct gear / the same with the window alone",
+        Of(f"few/1/answer/{DIRECT}"),
+        Of(f"few/window/{DIRECT}"),
+        at_least=15,
+    ),
+    *(
+        Target(
+            "few_callers",
+            f"{who}{callback_title}: direct gear / public gear",
+            Of(f"few/{count}/{callback}/{DIRECT}"),
+            Of(f"few/{count}/{callback}/{PUBLIC}"),
+        )
+        for callback, callback_title in (("answer", ""), ("native", ", 2 ms callback"))
+        for count, who in ((1, "a lone caller"), (8, "eight callers"))
+    ),
+    Target(
+        "streams",
+        "1,024 streams / 16, direct gear",
+        Of(f"streams/1024/{DIRECT}"),
+        Of(f"streams/16/{DIRECT}"),
+        at_least=0.8,
+    ),
+    Target(
+        "streams",
+        "memory of the server per open stream at 1,024, direct gear, in KiB",
+        Of(f"streams/1024/{DIRECT}", "stream_kib"),
+        below=100,
+    ),
+    Target(
+        "streams",
+        "the same with a connection for each stream",
+        Of(f"streams/1024/{EACH}", "stream_kib"),
+    ),
+    Target(
+        "idle",
+        "64 B: CPU of the server a request, in us",
+        Of(f"throughput/64/{DIRECT}", "server_cpu_us"),
+        below=40,
+    ),
+    Target(
+        "idle",
+        "64 B: CPU of the server a request, direct gear / plain grpcio, persistent streams",
+        Of(f"throughput/64/{DIRECT}", "server_cpu_us"),
+        Of(f"throughput/64/{STREAMS}", "server_cpu_us"),
+        below=0.44,  # 40 us where the other takes 90
+    ),
+    Target("idle", "CPU of the idle server, direct gear, in % of a core", Of(f"idle/{DIRECT}", "cpu_percent"), below=1),
+    *(
+        Target(
+            "callback",
+            f"mean time under load / alone, {gear} gear",
+            Of(f"callback/load/{gear}", "mean_ms"),
+            Of(f"callback/alone/{gear}", "mean_ms"),
+            below=1.5 if gear == DIRECT else None,
+        )
+        for gear in (DIRECT, PUBLIC)
+    ),
+    *(
+        Target(
+            "core_alone",
+            f"{threads} {'thread' if threads == 1 else 'threads'}: the waiting room / SimpleQueue and locks",
+            Of(f"core/{threads}/core"),
+            Of(f"core/{threads}/queue"),
+        )
+        for threads in (1, 4, 16, 64)
+    ),
+    Target(
+        "overlap",
+        "the median gap: direct gear / public gear",
+        Of(f"overlap/{DIRECT}", "p50_ms"),
+        Of(f"overlap/{PUBLIC}", "p50_ms"),
+    ),
+]
