@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import queue
 import signal
 import threading
 from collections import Counter
@@ -14,6 +15,7 @@ from typing import Any
 import grpc
 import pytest
 from serving import (
+    METHOD,
     Held,
     address_of,
     answer,
@@ -36,7 +38,8 @@ from grpc_batcher._service import TAKEN_IN_KEY
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
-# The answer ({}, 0), as it travels.
+# A "repr" request for b"hi", and the answer ({}, 0), as they travel.
+REPR_HI = bytes.fromhex("0a040a026869")
 EMPTY_ANSWER = bytes.fromhex("0a00")
 
 
@@ -448,6 +451,30 @@ def test_a_stream_that_ends_well_without_an_answer_is_an_error_and_the_client_is
         assert "without an answer" in error.details()
         assert client.send_request(b"y") == ({}, 0)
         assert puppet.received == [1, 1]
+
+
+def test_a_batcher_that_refuses_a_request_as_it_closes_says_how_many_it_took_in() -> None:
+    with Held() as held, serving(held) as batcher, connect(batcher) as client:
+        held.release(2)
+        outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        with grpc.insecure_channel(address_of(batcher)) as channel:
+            call = channel.stream_stream(METHOD)(iter(outbox.get, None))
+            for _ in range(2):
+                outbox.put(REPR_HI)
+                next(call)
+            taken_in = in_callback(held, client, b"taken in")
+            shutdown = in_background(batcher.shutdown, grace_s=60)
+            eventually(lambda: not batcher.is_server_ready())
+            outbox.put(REPR_HI)
+            with pytest.raises(grpc.RpcError):
+                next(call)
+            assert call.code() is UNAVAILABLE
+            assert dict(call.trailing_metadata())[TAKEN_IN_KEY] == "2"
+            outbox.put(None)
+        held.release()
+        assert taken_in.result() == answer(b"taken in")
+        shutdown.result()
+        assert held.batches == [[b"hi"], [b"hi"], [b"taken in"]]
 
 
 # ---- pickles and processes ----
