@@ -21,4 +21,9 @@ extensions = [
     for name in ("_core", "_wire")
 ]
 
-setup(ext_modules=cythonize(extensions, language_level=3, build_dir="build"))
+# Apart from each other, or the one build would be taken for the other.
+base = "build/debug" if debug else "build/release"
+setup(
+    ext_modules=cythonize(extensions, language_level=3, build_dir=base),
+    options={"build": {"build_base": base}},
+)

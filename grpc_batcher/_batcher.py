@@ -1,4 +1,4 @@
-"""The server: its life cycle, the thread that runs the callback, and what becomes of the callback's results."""
+"""The server: its parameters, its life cycle, and the thread that runs the callback."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from typing import Any
 import grpc
 
 from . import _core, _forks, _gears
+from ._callback import outcomes_of
 from ._delivery import Delivery
 from ._errors import BindError
 from ._metrics import Metrics, Recorder, summary
-from ._models import MODELS, Answer, BadResultError, Model, check_result
+from ._models import MODELS, Model
 from ._service import Service
 from ._threads import DaemonThreadPool
 
@@ -28,14 +29,10 @@ _logger = logging.getLogger("grpc_batcher")
 # What idle streams get to end by themselves when the server stops, so that a reply just sent is not cut off.
 _STREAM_END_GRACE_S = 0.05
 
-# How long the exit of a program that never called `shutdown` waits for a callback that runs.
+# How long the exit of a program that never called `shutdown` waits for callbacks that run.
 _EXIT_GRACE_S = 1.0
 
 _MAX_TIMEOUT_S = 1e9
-
-
-class CallbackFailure(Exception):
-    """Why a request has no answer although its batch was given to the callback."""
 
 
 class MukoeBatcher:
@@ -103,11 +100,14 @@ class MukoeBatcher:
                 self._threads, handlers=(self._service,), interceptors=self._interceptors, options=self._options
             )
             self._port = self._bind(server)
-            self._server = server
-            _running.add(self)
             self._batch_thread.start()
             server.start()
+            self._server = server
+            _running.add(self)
             self._ready.set()
+            if self._shutdown_begun:  # by a signal handler, in this very thread
+                self._shut_down(grace_s=0, at_exit=False)
+                raise RuntimeError("this batcher was shut down while it started")
         _logger.debug("serving %r on %s with the %s gear", self._model.name, self.address, self.gear)
         if self._credentials is None and not _is_local(self._host):
             _logger.warning(
@@ -249,46 +249,13 @@ class MukoeBatcher:
         while (taken := self._room.take_batch()) is not None:
             _reason, tickets = taken
             begin_ns = time.monotonic_ns() if self._recorder.timed else 0
-            outcomes = self._process([ticket.request for ticket in tickets])
+            outcomes = outcomes_of(self._callback, [ticket.request for ticket in tickets])
             if self._recorder.timed:
                 waiting_ns = sum(ticket.taken_ns - ticket.pushed_ns for ticket in tickets)
                 self._recorder.batch_timed(len(tickets), waiting_ns, time.monotonic_ns() - begin_ns)
             self._room.finish(tickets, outcomes)
             self._delivery.deliver(tickets)
             del taken, tickets, outcomes  # a batcher that waits keeps nothing alive
-
-    def _process(self, requests: list[Any]) -> list[Answer | CallbackFailure]:
-        """Call the callback; whatever it does, there is an outcome for each request."""
-        try:
-            results = self._callback(requests)
-            if not isinstance(results, Sequence) or isinstance(results, (str, bytes)):
-                raise BadResultError(
-                    f"must return a list with one result per request; it is a {type(results).__name__}"
-                )
-            if len(results) != len(requests):
-                raise BadResultError(
-                    f"must return one result per request; it returned {len(results)} for {len(requests)}"
-                )
-            return [self._outcome(result) for result in results]
-        except BadResultError as error:
-            _logger.error("the callback %s", error)
-            return [CallbackFailure(f"the callback {error}")] * len(requests)
-        except BaseException as error:  # SystemExit and KeyboardInterrupt, too: this is not the main thread
-            _logger.exception("the callback raised, and its batch of %d requests fails", len(requests))
-            return [CallbackFailure(f"the callback raised {_text(error)}")] * len(requests)
-
-    @staticmethod
-    def _outcome(result: Any) -> Answer | CallbackFailure:
-        if isinstance(result, BaseException):
-            return CallbackFailure(f"the callback answered this request with {_text(result)}")
-        try:
-            return check_result(result)
-        except BadResultError as error:
-            _logger.error("the callback's result for one request %s", error)
-            return CallbackFailure(f"the callback's result for this request {error}")
-        except Exception as error:  # from methods of the result itself
-            _logger.exception("the callback's result for one request can not be read")
-            return CallbackFailure(f"the callback's result for this request can not be read: {_text(error)}")
 
 
 def create_batcher(
@@ -391,13 +358,6 @@ def _is_local(host: str) -> bool:
     return _is_unix(host) or host.startswith("127.") or host in ("localhost", "::1")
 
 
-def _text(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:
-        return f"{type(error).__name__}, whose text can not be had"
-
-
 # ---- a program that ends without `shutdown`, and forked children ----
 
 _running: weakref.WeakSet[MukoeBatcher] = weakref.WeakSet()
@@ -405,10 +365,16 @@ _running: weakref.WeakSet[MukoeBatcher] = weakref.WeakSet()
 
 def _shut_down_at_exit() -> None:
     """End the batch threads while they can still take the GIL; later they might hang or abort the exit."""
-    for batcher in tuple(_running):
+    batchers = tuple(_running)
+    end_s = time.monotonic() + _EXIT_GRACE_S
+    for batcher in batchers:
         batcher._shutdown_begun = True
         batcher._room.close()
-        batcher._shut_down(_EXIT_GRACE_S, at_exit=True)
+    for batcher in batchers:
+        try:
+            batcher._shut_down(max(end_s - time.monotonic(), 0), at_exit=True)
+        except Exception:
+            _logger.exception("%r did not shut down well", batcher)
 
 
 atexit.register(_shut_down_at_exit)

@@ -55,6 +55,9 @@ class MukoeBatcherClient:
             raise ValueError(f"server_address is {server_address!r}; it must be a text such as 'host:50051'")
         if not isinstance(max_message_bytes, int) or not 1 <= max_message_bytes < 2**31:
             raise ValueError(f"max_message_bytes is {max_message_bytes!r}; it must be an int from 1 to {2**31 - 1}")
+        for pair in metadata:
+            if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], (str, bytes)):
+                raise ValueError(f"metadata has {pair!r}; it must be pairs of a text and a text or bytes")
         self._address = server_address
         self._max_message_bytes = max_message_bytes
         self._credentials = credentials

@@ -363,7 +363,7 @@ cdef class WaitingRoom:
         return self._hand_out(reason, batch, expired)
 
     def is_due(self):
-        """Whether `poll_batch` would find a batch."""
+        """Whether a batch is due. (It may come to nothing, where all that wait have expired.)"""
         self._enter()
         cdef Reason reason = self._reason(self._now_ns())
         self._leave()
@@ -390,6 +390,7 @@ cdef class WaitingRoom:
 
         Raises ValueError unless there is one outcome per ticket and the tickets are this room's.
         """
+        tickets, outcomes = tuple(tickets), tuple(outcomes)  # which nobody can change meanwhile
         cdef Py_ssize_t count = len(tickets)
         if len(outcomes) != count:
             raise ValueError(f"{len(outcomes)} outcomes for {count} tickets; there must be one each")

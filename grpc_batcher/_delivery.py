@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 
 from . import _core
+
+_logger = logging.getLogger("grpc_batcher")
 
 
 class Delivery:
@@ -25,10 +28,9 @@ class Delivery:
         for number, ticket in enumerate(tickets):
             if ticket.owner.on_reply_due is None:
                 continue
-            if self._room.is_due():
-                self._leave(tickets[number:])
+            if self._room.is_due() and self._leave(tickets[number:]):
                 return
-            ticket.owner.on_reply_due(ticket)
+            _deliver(ticket)
 
     def close(self, timeout_s: float) -> None:
         """Wait, for so long at the most, until all is delivered. To be called after the last `deliver`."""
@@ -36,15 +38,30 @@ class Delivery:
             self._left_over.put(None)
             self._thread.join(timeout_s)
 
-    def _leave(self, tickets: list[_core.Ticket]) -> None:
-        self._left_over.put(tickets)
+    def _leave(self, tickets: list[_core.Ticket]) -> bool:
+        """Hand tickets to the second thread; False if there can be none."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="grpc_batcher-replies", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="grpc_batcher-replies", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                _logger.error("no thread to send replies while the callback runs: %s", error)
+                return False
+            self._thread = thread
+        self._left_over.put(tickets)
+        return True
 
     def _run(self) -> None:
         while (tickets := self._left_over.get()) is not None:
             for ticket in tickets:
-                if ticket.owner.on_reply_due is not None:
-                    ticket.owner.on_reply_due(ticket)
+                _deliver(ticket)
             del tickets, ticket  # a thread that waits keeps nothing alive
+
+
+def _deliver(ticket: _core.Ticket) -> None:
+    """One reply that can not be sent must not keep others from being sent."""
+    try:
+        if ticket.owner.on_reply_due is not None:
+            ticket.owner.on_reply_due(ticket)
+    except Exception:
+        _logger.exception("a reply could not be sent")

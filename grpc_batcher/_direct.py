@@ -2,7 +2,8 @@
 
 On the server the handler returns at once and no thread is parked for the stream. Each message that arrives runs
 `_ServerStream._on_event` in the thread that polls for gRPC; the reply goes out together with the next receive, as one
-batch of operations and one event. The server, and with it TLS, interceptors, deadlines and shutdown, stay grpcio's.
+batch of operations and one event. The server, and with it TLS, deadlines and shutdown, stay grpcio's; a stream whose
+handler an interceptor wrapped is served by the public gear, so that the interceptor sees its messages.
 On the client a request is one batch (send, receive) on a call with a completion queue of its own, and one wait.
 
 It leans on these names, which are alike in grpcio 1.49.1, 1.62.3, 1.71.2 and 1.85.1. Each is what grpcio's own
@@ -29,7 +30,6 @@ Where one is missing the public gear serves; where one behaves otherwise it take
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -37,12 +37,11 @@ from typing import Any
 
 import grpc
 
+from . import _public
 from ._core import Ticket
 from ._service import Session, StreamEnd, set_status
 
 _logger = logging.getLogger("grpc_batcher")
-
-name = "direct"
 
 _NO_FLAGS = 0
 
@@ -107,37 +106,33 @@ def stream_handler(
 ) -> grpc.RpcMethodHandler:
     """Return a handler that serves each stream in gRPC's polling thread and in those that deliver replies.
 
-    give_up: called where grpcio turns out to be otherwise than this gear needs; the stream then ends UNAVAILABLE, and
+    give_up: called where grpcio turns out to be otherwise than this gear needs; the stream then ends with an error, and
         the caller's next is served by the gear that is chosen instead.
     """
 
     def serve(
         messages: Iterator[bytes], context: grpc.ServicerContext, send_response: Callable[[None], None] | None = None
     ) -> Iterator[bytes] | None:
-        over = threading.Event()
-        end_call = over.set if send_response is None else partial(send_response, None)
+        if send_response is None:
+            # An interceptor wrapped this function, and is to see the messages go by.
+            return _public.serve(open_session, messages, context)
         try:
             session = open_session(context)
             try:
-                _ServerStream(session, context, end_call).begin()
-            except (AttributeError, TypeError) as error:
+                stream = _ServerStream(session, context, partial(send_response, None), give_up)
+            except AttributeError as error:
                 session.close()
                 give_up(error)
                 raise StreamEnd(grpc.StatusCode.UNAVAILABLE, f"grpcio is not as expected: {error}") from None
         except StreamEnd as end:
             set_status(context, end)
-            end_call()
-        # With an interceptor in between, grpcio calls this function like any other and wants an iterator.
-        return _wait_for(over) if send_response is None else None
+            send_response(None)
+        else:
+            stream.begin()
+        return None
 
     serve.experimental_non_blocking = True  # type: ignore[attr-defined]
     return grpc.stream_stream_rpc_method_handler(serve)
-
-
-def _wait_for(over: threading.Event) -> Iterator[bytes]:
-    over.wait()
-    return
-    yield
 
 
 class _ServerStream:
@@ -146,7 +141,14 @@ class _ServerStream:
     end_call: has grpcio send the status that the context was given.
     """
 
-    def __init__(self, session: Session, context: grpc.ServicerContext, end_call: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        context: grpc.ServicerContext,
+        end_call: Callable[[], None],
+        give_up: Callable[[Exception], None],
+    ) -> None:
+        self._give_up = give_up
         self._session = session
         self._context = context
         self._end_call = end_call
@@ -157,10 +159,13 @@ class _ServerStream:
         session.on_shutdown = self._end
 
     def begin(self) -> None:
-        if self._context.add_callback(self._close):
-            self._start((cygrpc.ReceiveMessageOperation(_NO_FLAGS),))
-        else:
+        if not self._context.add_callback(self._close):
             self._close()
+            return
+        try:
+            self._start((cygrpc.ReceiveMessageOperation(_NO_FLAGS),))
+        except Exception as error:
+            self._fail(error)
 
     def _close(self) -> None:
         """The call is over: the caller cancelled it or is gone, or it has its status."""
@@ -222,6 +227,8 @@ class _ServerStream:
 
     def _fail(self, error: Exception) -> None:
         _logger.error("a stream failed", exc_info=error)
+        if isinstance(error, (AttributeError, TypeError)):
+            self._give_up(error)
         self._end(StreamEnd(grpc.StatusCode.INTERNAL, f"the server failed: {type(error).__name__}: {error}"))
 
 

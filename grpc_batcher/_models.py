@@ -145,12 +145,12 @@ def check_result(result: Any) -> Answer:
     for key, value in dictionary.items():
         if not isinstance(value, bytes):
             raise BadResultError(f"must have bytes for values; under {key!r} it has {_describe(value)}")
-        text = key if type(key) is str else str(key)
+        text = key if type(key) is str else "".join(str(key))  # no subclass of str
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise BadResultError(f"has the key {key!r}, which UTF-8 can not express: {error}") from None
-        copy[text] = value
+        copy[text] = value if type(value) is bytes else bytes(value)  # such as numpy's, which are a subclass
     if len(copy) != len(dictionary):
         raise BadResultError(f"has keys that are the same as text: {list(dictionary)!r:.200}")
     try:

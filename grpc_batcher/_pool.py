@@ -94,6 +94,9 @@ class StreamPool:
             if loan is None:
                 loan = self._open()
             loan.requests += 1
+            if due_ns is not None and not self._can_keep_time():
+                self._idle.append(loan)
+                raise RuntimeError("no thread can be had to keep the request's time limit")
             self._lent.add(loan)
             self._set_due(loan, _NEVER if due_ns is None else due_ns)
         for broken in dead:
@@ -107,7 +110,8 @@ class StreamPool:
             keep = not self._closed and not loan.timed_out
             if keep:
                 self._idle.append(loan)
-                self._set_due(loan, time.monotonic_ns() + IDLE_NS)
+                if self._can_keep_time():
+                    self._set_due(loan, time.monotonic_ns() + IDLE_NS)
         if not keep:
             self._drop(loan)
 
@@ -129,16 +133,17 @@ class StreamPool:
         with self._changed:
             self._closed = True
             link, self._link = self._link, None
+            if link is not None:
+                link.is_current = False
+            unused = link is not None and link.streams == 0
             idle, self._idle = self._idle, []
             lent = tuple(self._lent)
             self._changed.notify_all()
-        if link is not None:
-            link.is_current = False
         for loan in lent:
             loan.stream.cancel()
         for loan in idle:
-            self._drop(loan)
-        if link is not None and not lent and not idle:
+            self._drop(loan)  # the last of a link's streams takes the channel along
+        if link is not None and unused:
             link.channel.close()
 
     @property
@@ -170,14 +175,20 @@ class StreamPool:
 
     def _set_due(self, loan: Loan, due_ns: int) -> None:
         loan.due_ns = due_ns
-        if due_ns >= self._timekeeper_wakes_ns:
-            return
-        self._timekeeper_wakes_ns = due_ns
-        if self._timekeeper is None:
-            self._timekeeper = threading.Thread(target=self._keep_time, name="grpc_batcher-timekeeper", daemon=True)
-            self._timekeeper.start()
-        else:
+        if due_ns < self._timekeeper_wakes_ns:
+            self._timekeeper_wakes_ns = due_ns
             self._changed.notify_all()
+
+    def _can_keep_time(self) -> bool:
+        """Whether the timekeeper runs, or can be started."""
+        if self._timekeeper is None:
+            timekeeper = threading.Thread(target=self._keep_time, name="grpc_batcher-timekeeper", daemon=True)
+            try:
+                timekeeper.start()
+            except RuntimeError:
+                return False
+            self._timekeeper = timekeeper
+        return True
 
     def _keep_time(self) -> None:
         """Cancel what is due, and sleep until the next may be. It ends when there is nothing to wait for."""
@@ -185,8 +196,7 @@ class StreamPool:
             with self._changed:
                 now_ns = time.monotonic_ns()
                 idle_too_long = [loan for loan in self._idle if loan.due_ns <= now_ns]
-                for loan in idle_too_long:
-                    self._idle.remove(loan)
+                self._idle = [loan for loan in self._idle if loan not in idle_too_long]
                 for loan in self._lent:
                     if loan.due_ns <= now_ns and not loan.timed_out:
                         loan.timed_out = True

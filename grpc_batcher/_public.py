@@ -4,38 +4,40 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
 
 from ._service import Session, StreamEnd, set_status
 
-name = "public"
-
 
 def stream_handler(open_session: Callable[[grpc.ServicerContext], Session]) -> grpc.RpcMethodHandler:
     """Return a handler that serves each stream on a thread of its own, which waits while its request does."""
+    return grpc.stream_stream_rpc_method_handler(partial(serve, open_session))
 
-    def serve(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        try:
-            session = open_session(context)
-        except StreamEnd as end:
-            set_status(context, end)
+
+def serve(
+    open_session: Callable[[grpc.ServicerContext], Session], messages: Iterator[bytes], context: grpc.ServicerContext
+) -> Iterator[bytes]:
+    """Yield the replies to a stream's messages."""
+    try:
+        session = open_session(context)
+    except StreamEnd as end:
+        set_status(context, end)
+        return
+    try:
+        if not context.add_callback(session.close):
             return
-        try:
-            if not context.add_callback(session.close):
-                return
-            for message in messages:
-                ticket = session.accept(message)
-                ticket.wait()
-                yield session.reply(ticket)
-                session.replied()
-        except StreamEnd as end:
-            set_status(context, end)
-        finally:
-            session.close()
-
-    return grpc.stream_stream_rpc_method_handler(serve)
+        for message in messages:
+            ticket = session.accept(message)
+            ticket.wait()
+            yield session.reply(ticket)
+            session.replied()
+    except StreamEnd as end:
+        set_status(context, end)
+    finally:
+        session.close()
 
 
 class ClientStream:

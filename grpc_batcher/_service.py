@@ -97,15 +97,16 @@ class Session:
             raise self._end(*_ENDS[state])
         outcome = ticket.outcome
         if not isinstance(outcome, Answer):
-            raise self._end(grpc.StatusCode.INTERNAL, str(outcome))
+            raise self._end(grpc.StatusCode.INTERNAL, outcome.text)
         recorder = self._service.recorder
-        if recorder.timed:
-            begin_ns = time.monotonic_ns()
+        begin_ns = time.monotonic_ns() if recorder.timed else 0
+        try:
             reply = write_answer(outcome)
+        except OverflowError as error:
+            raise self._end(grpc.StatusCode.INTERNAL, f"the answer can not be sent: {error}") from None
+        if recorder.timed:
             end_ns = time.monotonic_ns()
             recorder.reply_timed(end_ns - begin_ns, end_ns - ticket.pushed_ns)
-        else:
-            reply = write_answer(outcome)
         recorder.request_ended("OK")
         return reply
 

@@ -160,6 +160,11 @@ class WrappingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.streams = 0
+        self.messages = 0
+
+    def look(self, message: bytes) -> bytes:
+        self.messages += 1
+        return message
 
     def intercept_service(self, continuation: Callable[..., Any], details: grpc.HandlerCallDetails) -> Any:
         handler = continuation(details)
@@ -167,7 +172,7 @@ class WrappingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
         def wrapped(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             self.streams += 1
             context.send_initial_metadata((("wrapped", "yes"),))
-            yield from handler.stream_stream(messages, context)
+            yield from map(self.look, handler.stream_stream(map(self.look, messages), context))
 
         return grpc.stream_stream_rpc_method_handler(wrapped)
 
@@ -181,6 +186,7 @@ def test_a_handler_that_an_interceptor_wrapped_answers_and_ends_as_ever() -> Non
         assert len(reply.messages) == 1
         assert old_style_request(address_of(batcher), b"\xff").code is grpc.StatusCode.INVALID_ARGUMENT
         assert interceptor.streams == 3
+        assert interceptor.messages == 2 * 2 + 2 + 1  # requests and replies, also those of the direct gear's callers
 
 
 def test_metadata_and_interceptors_of_the_client_reach_the_server() -> None:

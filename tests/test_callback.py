@@ -1,0 +1,110 @@
+"""What callbacks may do with their list and their results, beside what `test_outcomes.py` shows over a socket."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from serving import connect, echo, in_background, serving
+
+from grpc_batcher._callback import Failure, outcomes_of
+from grpc_batcher._delivery import Delivery
+from grpc_batcher._models import Answer
+
+
+def consumed(requests: list[Any]) -> list[Any]:
+    results = []
+    while requests:
+        results.append(({"result": requests.pop(0)}, 0))
+    return results
+
+
+def padded(requests: list[Any]) -> list[Any]:
+    count = len(requests)
+    requests += [b""] * (16 - count)
+    return echo(requests)[:count]
+
+
+@pytest.mark.parametrize("callback", [consumed, padded])
+def test_a_callback_may_consume_or_pad_its_list(callback: Any) -> None:
+    with serving(callback) as batcher, connect(batcher) as client:
+        for data in (b"first", b"second"):
+            assert client.send_request(data) == ({"result": data}, 0)
+
+
+@pytest.mark.parametrize("callback", [lambda requests: requests.clear() or [], lambda requests: 1 / len(requests[9:])])
+def test_a_callback_that_spoils_its_list_and_fails_fails_each_request_once(callback: Any) -> None:
+    outcomes = outcomes_of(callback, [b"a", b"b"])
+    assert len(outcomes) == 2
+    assert all(isinstance(outcome, Failure) for outcome in outcomes)
+
+
+def test_a_sequence_that_yields_more_than_it_says_fails_the_batch() -> None:
+    class Liar(Sequence[Any]):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: Any) -> Any:
+            if index > 2:
+                raise IndexError
+            return {}, 0
+
+    (outcome,) = outcomes_of(lambda requests: Liar(), [b"a"])
+    assert outcome == Failure("the callback must return one result per request; its Liar has 3")
+
+
+def test_numpys_bytes_and_text_are_taken_for_what_they_are() -> None:
+    result = ({np.str_("key"): np.bytes_(b"value")}, np.int64(3))
+    (outcome,) = outcomes_of(lambda requests: [result], [b"a"])
+    assert outcome == Answer({"key": b"value"}, 3)
+    with serving(lambda requests: [result for _ in requests]) as batcher, connect(batcher) as client:
+        assert client.send_request(b"x") == ({"key": b"value"}, 3)
+
+
+def test_replies_go_out_where_no_further_thread_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more callers than a batch holds, the replies are for the second thread."""
+    started = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "grpc_batcher-replies":
+            raise RuntimeError("can't start new thread")
+        started(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with serving(batch_size=1) as batcher, connect(batcher) as client:
+
+        def ask(caller: int) -> None:
+            for number in range(50):
+                data = b"%d %d" % (caller, number)
+                assert client.send_request(data) == ({"result": data}, 0)
+
+        for request in [in_background(ask, caller) for caller in range(8)]:
+            request.result()
+
+
+def test_a_reply_that_can_not_be_sent_does_not_stop_the_others() -> None:
+    class Room:
+        @staticmethod
+        def is_due() -> bool:
+            return False
+
+    class Owner:
+        def __init__(self, fails: bool) -> None:
+            self.fails = fails
+            self.delivered = False
+
+        def on_reply_due(self, ticket: Any) -> None:
+            if self.fails:
+                raise ValueError("broken")
+            self.delivered = True
+
+    class Ticket:
+        def __init__(self, owner: Owner) -> None:
+            self.owner = owner
+
+    owners = [Owner(fails=True), Owner(fails=False)]
+    Delivery(Room()).deliver([Ticket(owner) for owner in owners])  # type: ignore[arg-type, list-item]
+    assert owners[1].delivered
