@@ -106,7 +106,7 @@ class MukoeBatcher:
             _running.add(self)
             self._ready.set()
             if self._shutdown_begun:  # by a signal handler, in this very thread
-                self._shut_down(grace_s=0, at_exit=False)
+                self._shut_down(grace_s=0)
                 raise RuntimeError("this batcher was shut down while it started")
         _logger.debug("serving %r on %s with the %s gear", self._model.name, self.address, self.gear)
         if self._credentials is None and not _is_local(self._host):
@@ -164,13 +164,13 @@ class MukoeBatcher:
             self._ready.set()  # whoever waits for it learns that it is over
         if first:
             try:
-                self._shut_down(grace_s, at_exit=False)
+                self._shut_down(grace_s)
             finally:
                 self._shutdown_done.set()
         else:
             self._shutdown_done.wait(grace_s)
 
-    def _shut_down(self, grace_s: float, *, at_exit: bool) -> None:
+    def _shut_down(self, grace_s: float) -> None:
         _running.discard(self)
         if self._server is None:
             return
@@ -184,8 +184,11 @@ class MukoeBatcher:
                 "shutdown after a grace of %s s: %d requests are left without an answer", grace_s, abandoned
             )
         self._service.wait_until_replied(max(end_s - time.monotonic(), _STREAM_END_GRACE_S))
-        # With a grace gRPC starts a thread, which an interpreter that exits does not allow.
-        self._server.stop(None if at_exit else _STREAM_END_GRACE_S).wait()
+        self._service.wait_until_closed(_STREAM_END_GRACE_S)
+        # Without a grace of gRPC's own: a server whose calls all end within that leaves connections that came in
+        # meanwhile open, and their callers without an answer. (And it would start a thread, which an interpreter that
+        # exits does not allow.)
+        self._server.stop(None)
         self._threads.shutdown()
 
     def __enter__(self) -> MukoeBatcher:
@@ -372,7 +375,7 @@ def _shut_down_at_exit() -> None:
         batcher._room.close()
     for batcher in batchers:
         try:
-            batcher._shut_down(max(end_s - time.monotonic(), 0), at_exit=True)
+            batcher._shut_down(max(end_s - time.monotonic(), 0))
         except Exception:
             _logger.exception("%r did not shut down well", batcher)
 

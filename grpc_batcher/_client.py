@@ -169,6 +169,9 @@ def _connect(
         ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_BACKOFF_MS),
         # Or a new channel would inherit the pause after another's failure to connect.
         ("grpc.use_local_subchannel_pool", 1),
+        # gRPC sends a stream that a server never looked at again by itself. On a stream of the direct gear that answers
+        # while it does so, grpcio 1.85 then gives no message and no status, and the caller would wait for ever.
+        ("grpc.enable_retries", 0),
     )
     if credentials is None:
         channel = grpc.insecure_channel(address, all_options)

@@ -633,6 +633,18 @@ def test_finishing_a_finished_ticket_again_does_not_touch_its_streams_next_reque
     assert second.state == TAKEN
 
 
+def test_a_ticket_that_is_listed_twice_is_finished_once(open_room: OpenRoom) -> None:
+    room = open_room(batch_size=1)
+    stream = room.open_stream()
+    ticket = stream.push("a")
+    assert room.poll_batch() is not None
+    room.finish([ticket, ticket], ["x", "y"])
+    assert ticket.state == FINISHED
+    assert ticket.outcome in ("x", "y")
+    stream.push("b")
+    assert requests_of(room.poll_batch()) == ("full", ["b"])
+
+
 def test_a_ticket_that_still_waits_can_not_be_finished(open_room: OpenRoom) -> None:
     room = open_room(batch_size=2)
     (ticket,) = push_new(room, "a")
