@@ -170,7 +170,7 @@ class MukoeBatcher:
         else:
             self._shutdown_done.wait(grace_s)
 
-    def _shut_down(self, grace_s: float) -> None:
+    def _shut_down(self, grace_s: float, *, at_exit: bool = False) -> None:
         _running.discard(self)
         if self._server is None:
             return
@@ -184,11 +184,8 @@ class MukoeBatcher:
                 "shutdown after a grace of %s s: %d requests are left without an answer", grace_s, abandoned
             )
         self._service.wait_until_replied(max(end_s - time.monotonic(), _STREAM_END_GRACE_S))
-        self._service.wait_until_closed(_STREAM_END_GRACE_S)
-        # Without a grace of gRPC's own: a server whose calls all end within that leaves connections that came in
-        # meanwhile open, and their callers without an answer. (And it would start a thread, which an interpreter that
-        # exits does not allow.)
-        self._server.stop(None)
+        # With a grace gRPC starts a thread, which an interpreter that exits does not allow.
+        self._server.stop(None if at_exit else _STREAM_END_GRACE_S).wait()
         self._threads.shutdown()
 
     def __enter__(self) -> MukoeBatcher:
@@ -375,7 +372,7 @@ def _shut_down_at_exit() -> None:
         batcher._room.close()
     for batcher in batchers:
         try:
-            batcher._shut_down(max(end_s - time.monotonic(), 0))
+            batcher._shut_down(max(end_s - time.monotonic(), 0), at_exit=True)
         except Exception:
             _logger.exception("%r did not shut down well", batcher)
 

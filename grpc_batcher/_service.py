@@ -206,12 +206,6 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         for session in sessions:
             session.shut_down()
 
-    def wait_until_closed(self, timeout_s: float) -> bool:
-        """Wait until no stream is open. To be called after `end_streams`, which not every gear can do."""
-        with self._changed:
-            self._closing = True
-            return self._changed.wait_for(lambda: not self._sessions, timeout_s)
-
     def wait_until_replied(self, timeout_s: float) -> bool:
         """Wait until no stream has a request that is not replied to. To be called once the room is closed."""
         with self._changed:
