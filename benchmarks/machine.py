@@ -35,10 +35,13 @@ def describe() -> dict[str, Any]:
 
 def in_words(machine: dict[str, Any]) -> str:
     others = ", ".join(f"{name} {machine[name]}" for name in ("mosec", "grpc++") if machine[name])
+    environment = ", ".join(f"{name}={value}" for name, value in machine["environment"].items())
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, Linux {machine['kernel']}; "
         f"Python {machine['python']}, grpcio {machine['grpcio']}, protobuf {machine['protobuf']}, "
-        f"grpc_batcher {machine['grpc_batcher']}" + (f"; {others}" if others else "")
+        f"grpc_batcher {machine['grpc_batcher']}"
+        + (f"; {others}" if others else "")
+        + (f"; {environment}" if environment else "")
     )
 
 

@@ -26,8 +26,14 @@ from ._threads import DaemonThreadPool
 
 _logger = logging.getLogger("grpc_batcher")
 
-# What idle streams get to end by themselves when the server stops, so that a reply just sent is not cut off.
+# What streams get to end when the server stops, so that a reply or a status just sent is not cut off.
 _STREAM_END_GRACE_S = 0.05
+
+# gRPC's keepalive (its doc/keepalive.md): a caller whose host is gone without a word is noticed after this interval and
+# timeout, also while nothing is sent. Callers may ping much more often than gRPC's default of every five minutes.
+_KEEPALIVE_INTERVAL_MS = 30_000
+_KEEPALIVE_TIMEOUT_MS = 20_000
+_LEAST_CALLERS_INTERVAL_MS = 5_000
 
 # How long the exit of a program that never called `shutdown` waits for callbacks that run.
 _EXIT_GRACE_S = 1.0
@@ -73,6 +79,11 @@ class MukoeBatcher:
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
+            ("grpc.keepalive_time_ms", _KEEPALIVE_INTERVAL_MS),
+            ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),
+            ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_CALLERS_INTERVAL_MS),
         )
         self._delivery = Delivery(self._room)
         self._server: grpc.Server | None = None
@@ -170,7 +181,7 @@ class MukoeBatcher:
         else:
             self._shutdown_done.wait(grace_s)
 
-    def _shut_down(self, grace_s: float, *, at_exit: bool = False) -> None:
+    def _shut_down(self, grace_s: float) -> None:
         _running.discard(self)
         if self._server is None:
             return
@@ -184,8 +195,9 @@ class MukoeBatcher:
                 "shutdown after a grace of %s s: %d requests are left without an answer", grace_s, abandoned
             )
         self._service.wait_until_replied(max(end_s - time.monotonic(), _STREAM_END_GRACE_S))
-        # With a grace gRPC starts a thread, which an interpreter that exits does not allow.
-        self._server.stop(None if at_exit else _STREAM_END_GRACE_S).wait()
+        # Not with gRPC's own grace: for that it starts a thread, which an interpreter that exits does not allow.
+        self._service.wait_until_closed(_STREAM_END_GRACE_S)
+        self._server.stop(None).wait()
         self._threads.shutdown()
 
     def __enter__(self) -> MukoeBatcher:
@@ -372,7 +384,7 @@ def _shut_down_at_exit() -> None:
         batcher._room.close()
     for batcher in batchers:
         try:
-            batcher._shut_down(max(end_s - time.monotonic(), 0), at_exit=True)
+            batcher._shut_down(max(end_s - time.monotonic(), 0))
         except Exception:
             _logger.exception("%r did not shut down well", batcher)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Sequence
@@ -18,8 +19,16 @@ from ._models import read_answer, write_request
 from ._pool import Loan, StreamPool
 from ._service import METHOD, TAKEN_IN_KEY
 
+_logger = logging.getLogger("grpc_batcher")
+
 # The longest pause between two attempts to connect. gRPC's default is two minutes.
 _MAX_RECONNECT_BACKOFF_MS = 1000
+
+# gRPC's keepalive (its doc/keepalive.md): a server whose host is gone without a word is noticed after this interval and
+# timeout, also while nothing is sent; if there is something to send, after the timeout alone. Servers that do not say
+# otherwise, such as those of the C++ wheel, drop a caller that pings more often than every five minutes.
+_KEEPALIVE_INTERVAL_MS = 310_000
+_KEEPALIVE_TIMEOUT_MS = 20_000
 
 # A longer time limit is as good as this one: thirty years.
 _LONGEST_TIMEOUT_S = 1e9
@@ -72,7 +81,7 @@ class MukoeBatcherClient:
     @property
     def gear(self) -> str:
         """Which way the bytes take: "direct", or "public" through grpcio's public API alone."""
-        return "public" if self._interceptors else _gears.client_gear()
+        return _gear(self._interceptors)
 
     def send_request(
         self, data: Any, action: int | None = None, *, timeout_s: float | None = None, **arguments: Any
@@ -155,6 +164,11 @@ class MukoeBatcherClient:
         return reply
 
 
+def _gear(interceptors: Sequence[grpc.StreamStreamClientInterceptor]) -> str:
+    """Only the public API runs a client's interceptors."""
+    return "public" if interceptors else _gears.client_gear()
+
+
 def _connect(
     address: str,
     max_message_bytes: int,
@@ -162,11 +176,15 @@ def _connect(
     options: Sequence[tuple[str, Any]],
     interceptors: Sequence[grpc.StreamStreamClientInterceptor],
 ) -> grpc.Channel:
+    _logger.debug("connecting to %s with the %s gear", address, _gear(interceptors))
     all_options = (
         *options,  # first: gRPC takes the first of two
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", -1),  # the server says what it takes
         ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_BACKOFF_MS),
+        ("grpc.keepalive_time_ms", _KEEPALIVE_INTERVAL_MS),
+        ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.max_pings_without_data", 0),
         # Or a new channel would inherit the pause after another's failure to connect.
         ("grpc.use_local_subchannel_pool", 1),
         # gRPC sends a stream that a server never looked at again by itself. On a stream of the direct gear that answers

@@ -16,11 +16,13 @@ server, grpc._server
         is empty; `initial_metadata_allowed` says whether a reply must bring the initial metadata along.
     _is_rpc_state_active, _possibly_finish_call, _get_initial_metadata_operation: what grpcio's tags and sends call.
         Our operations are in `due` through them like its own, so that the server's stop waits for ours, too.
-    a behavior's `experimental_non_blocking`: has it called with a function that ends the call, on a thread that is
-        free again when it returns.
+    a behavior's `experimental_non_blocking`: has _stream_response_in_pool call it with a function that ends the call,
+        on a thread that is free again when it returns.
 client, grpc._cython.cygrpc
+    channel._channel: the cygrpc.Channel beneath a grpc.Channel.
     Channel.segregated_call: how grpcio's blocking calls are made; a SegregatedCall has `operate`, `next_event` and
         `cancel`. The call lives as long as an operation is outstanding: its status, from the first to the last.
+    PropagationConstants.GRPC_PROPAGATE_DEFAULTS, StatusCode.ok and .cancelled: constants of gRPC's C API.
 operations, grpc._cython.cygrpc
     Send- and ReceiveInitialMetadataOperation, Send- and ReceiveMessageOperation, ReceiveStatusOnClientOperation.
 
@@ -30,6 +32,7 @@ Where one is missing the public gear serves; where one behaves otherwise it take
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -56,6 +59,7 @@ try:
         _is_rpc_state_active,
         _possibly_finish_call,
         _RPCState,
+        _stream_response_in_pool,
     )
 except ImportError as error:
     _import_error: ImportError | None = error
@@ -63,38 +67,36 @@ else:
     _import_error = None
 
 
-def missing_name() -> str | None:
-    """Return the name that this grpcio lacks, or None if the gear can be tried."""
+_NAMES_IN_CYGRPC = (
+    "Channel.segregated_call",
+    "PropagationConstants.GRPC_PROPAGATE_DEFAULTS",
+    "ReceiveInitialMetadataOperation",
+    "ReceiveMessageOperation",
+    "ReceiveStatusOnClientOperation",
+    "SegregatedCall.cancel",
+    "SegregatedCall.next_event",
+    "SegregatedCall.operate",
+    "SendInitialMetadataOperation",
+    "SendMessageOperation",
+    "StatusCode.cancelled",
+    "StatusCode.ok",
+)
+
+
+def missing() -> str | None:
+    """Return what this grpcio lacks, in words, or None if the gear can be tried."""
     if _import_error is not None:
         return str(_import_error)
-    needed = {
-        cygrpc: (
-            "Channel",
-            "ReceiveInitialMetadataOperation",
-            "ReceiveMessageOperation",
-            "ReceiveStatusOnClientOperation",
-            "SegregatedCall",
-            "SendInitialMetadataOperation",
-            "SendMessageOperation",
-        ),
-    }
-    for owner, names in needed.items():
-        for each in names:
-            if not hasattr(owner, each):
-                return f"{owner.__name__}.{each}"
-    for each in ("operate", "next_event", "cancel"):
-        if not hasattr(cygrpc.SegregatedCall, each):
-            return f"SegregatedCall.{each}"
-    if not hasattr(cygrpc.Channel, "segregated_call"):
-        return "Channel.segregated_call"
-    state = _RPCState()
-    for each in ("condition", "due", "callbacks", "initial_metadata_allowed"):
-        if not hasattr(state, each):
-            return f"_RPCState.{each}"
-    context = _Context(None, state, None)
-    for each in ("_rpc_event", "_state"):
-        if not hasattr(context, each):
-            return f"_Context.{each}"
+    try:
+        for name in _NAMES_IN_CYGRPC:
+            operator.attrgetter(name)(cygrpc)
+        state = _RPCState()
+        operator.attrgetter("condition", "due", "initial_metadata_allowed")(state)
+        operator.attrgetter("_rpc_event", "_state")(_Context(None, state, None))
+    except (AttributeError, TypeError) as error:
+        return str(error)
+    if "experimental_non_blocking" not in _stream_response_in_pool.__code__.co_names:
+        return "grpcio does not know a behavior's experimental_non_blocking"
     return None
 
 

@@ -79,5 +79,5 @@ def _chosen() -> tuple[str, str]:
 
 
 _server, _client = _chosen()
-if missing := _direct.missing_name():
-    _give_up_direct(f"there is no {missing}")
+if missing := _direct.missing():
+    _give_up_direct(missing)

@@ -54,16 +54,14 @@ class Session:
 
     A gear that finds the stream ended calls `close`, at any moment and from any thread.
 
-    on_reply_due: called with a ticket that ended, from the thread that delivers a batch; None if the gear has a
-        thread of its own wait for the ticket.
-    on_shutdown: called to end the stream once the batcher takes no more requests; None if the gear leaves that to
-        gRPC's stop of the server.
+    on_reply_due: called with a ticket that ended, from the thread that delivers a batch.
+    on_shutdown: called to end the stream once the batcher takes no more requests.
+    A gear sets the two, unless a thread of its own waits for the ticket, and gRPC's stop of the server ends the stream.
     """
 
-    on_reply_due: Callable[[_core.Ticket], None] | None = None
-    on_shutdown: Callable[[StreamEnd], None] | None = None
-
     def __init__(self, service: Service, context: grpc.ServicerContext) -> None:
+        self.on_reply_due: Callable[[_core.Ticket], None] = _nobody
+        self.on_shutdown: Callable[[StreamEnd], None] = _nobody
         self._service = service
         self._stream = service.room.open_stream(self)
         self._taken_in = 0
@@ -117,10 +115,9 @@ class Session:
 
     def shut_down(self) -> None:
         """The batcher takes no more requests, and has given up on those without an outcome."""
-        if self._ticket is not None and self._ticket.state == _core.CLOSED and self.on_reply_due is not None:
+        if self._ticket is not None and self._ticket.state == _core.CLOSED:
             self.on_reply_due(self._ticket)
-        if self.on_shutdown is not None:
-            self.on_shutdown(StreamEnd(grpc.StatusCode.UNAVAILABLE, _SHUTTING_DOWN, self._taken_in))
+        self.on_shutdown(StreamEnd(grpc.StatusCode.UNAVAILABLE, _SHUTTING_DOWN, self._taken_in))
 
     def close(self) -> None:
         """The stream is over; a request of it that waits is dropped. May be called again."""
@@ -208,9 +205,20 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     def wait_until_replied(self, timeout_s: float) -> bool:
         """Wait until no stream has a request that is not replied to. To be called once the room is closed."""
+        return self._wait_for(lambda: not any(session.busy for session in self._sessions), timeout_s)
+
+    def wait_until_closed(self, timeout_s: float) -> bool:
+        """Wait until there is no stream left. To be called after `end_streams`."""
+        return self._wait_for(lambda: not self._sessions, timeout_s)
+
+    def _wait_for(self, holds: Callable[[], bool], timeout_s: float) -> bool:
         with self._changed:
             self._closing = True
-            return self._changed.wait_for(lambda: not any(session.busy for session in self._sessions), timeout_s)
+            return self._changed.wait_for(holds, timeout_s)
+
+
+def _nobody(_what: object) -> None:
+    """The gear did not ask to be told."""
 
 
 def _deadline_ns(remaining_s: float | None) -> int | None:
