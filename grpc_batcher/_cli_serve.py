@@ -8,7 +8,9 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
@@ -49,7 +51,9 @@ _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(cr
     show_default="on where grpcio-health-checking is installed",
     help="Serve gRPC's health service, which `check` asks.",
 )
-@click.option("--reflection/--no-reflection", default=False, help="Serve gRPC's reflection, for grpcurl.")
+@click.option(
+    "--reflection/--no-reflection", default=_DEFAULTS["reflection"], help="Serve gRPC's reflection, for grpcurl."
+)
 @click.option(
     "--metrics-port", type=click.IntRange(0, 65535), help="Port on which Prometheus finds metrics; none if not given."
 )
@@ -114,9 +118,10 @@ def serve(
     # The metrics first: a batcher that takes requests must not end because of their port.
     if metrics_port is not None:
         print(f"metrics on http://{_serve_metrics(batcher, metrics_host, metrics_port)}/metrics", flush=True)
+    threading.Thread(target=_announce, args=(batcher,), daemon=True).start()
     try:
         batcher.serve_forever(grace_s)
-    except BindError as error:
+    except (BindError, ValueError) as error:
         raise Failure(str(error)) from None
 
 
@@ -171,6 +176,13 @@ def _serve_metrics(batcher: MukoeBatcher, host: str, port: int) -> str:
     except OSError as error:
         raise Failure(f"--metrics-port: can not listen on {host}:{port}: {error}") from None
     return f"{host}:{server.server_port}"
+
+
+def _announce(batcher: MukoeBatcher) -> None:
+    """Say that it serves, once it does and signals are heeded: `serve_forever` returns too late for that."""
+    with suppress(RuntimeError):  # it is over before it began
+        batcher.wait_until_ready()
+        print(f"serving {batcher.metrics().model!r} on {batcher.address}", flush=True)
 
 
 def _is_installed(module: str) -> bool:
