@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.py grpc_b
 
 OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_readme.py,$(wildcard tests/test_*.py))
 
-.PHONY: demo test test-gears bench lint debug proto check-proto clean
+.PHONY: demo test test-gears matrix bench lint debug wheels dist proto check-proto clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/atari_demo.py
@@ -21,12 +21,17 @@ test-gears: $(VENV)/installed-test
 		GRPC_BATCHER_GEAR=$$gears $(BIN)/pytest -q $(OVER_SOCKETS) || exit 1; \
 	done
 
+# The tests with the oldest and the newest grpcio, protobuf and numpy, on each Python here.
+matrix:
+	$(PYTHON) scripts/test_matrix.py
+
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/run.py $(BENCH_OPTIONS)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck .ci/run scripts/*.sh
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint grpc_batcher
 	$(BIN)/mypy
 	$(BIN)/stubtest --mypy-config-file pyproject.toml grpc_batcher._core grpc_batcher._wire
@@ -37,10 +42,26 @@ debug: $(VENV)-debug/bin/python
 		$(VENV)-debug/bin/pip install --quiet ".[test]"
 	$(VENV)-debug/bin/pytest tests
 
+wheels: $(VENV)/installed-dist
+	$(BIN)/python scripts/build_wheels.py
+
+# What is uploaded; the tests of the changelog see to it that the version is in there.
+dist: wheels $(VENV)/installed-test
+	$(BIN)/pytest -q tests/test_readme.py -k changelog
+	$(BIN)/twine check --strict dist/*
+
 proto: $(PROTO_VENV)/bin/python
 	$(PROTO_VENV)/bin/python scripts/generate_proto.py
 
-check-proto: $(PROTO_VENV)/bin/python
+check-wheels: $(VENV)/installed-dist
+	$(BIN)/python scripts/build_wheels.py
+
+# What is uploaded; the tests of the changelog see to it that the version is in there.
+dist: wheels $(VENV)/installed-test
+	$(BIN)/pytest -q tests/test_readme.py -k changelog
+	$(BIN)/twine check --strict dist/*
+
+proto: $(PROTO_VENV)/bin/python
 	$(PROTO_VENV)/bin/python scripts/generate_proto.py --check
 
 clean:
