@@ -81,7 +81,7 @@ class Model:
     def _read_with_protobuf(self, message: bytes) -> tuple[Any, ...]:
         try:
             request = MukoeRequest.FromString(message)
-        except DecodeError as error:
+        except (DecodeError, UnicodeDecodeError) as error:  # protobuf 3.20 in plain Python lets the second out
             raise BadRequestError(f"{len(message)} bytes that are no MukoeRequest: {error}") from None
         kind = request.WhichOneof("request_type")
         if kind != self.message_field:
@@ -172,7 +172,10 @@ def read_answer(message: bytes) -> tuple[dict[str, bytes], int]:
     answer = _wire.read_answer(message)
     if answer is not None:
         return answer
-    result = MukoeResponse.FromString(message).result
+    try:
+        result = MukoeResponse.FromString(message).result
+    except UnicodeDecodeError as error:  # out of protobuf 3.20 in plain Python
+        raise DecodeError(str(error)) from error
     return {pair.key: pair.values for pair in result.dictionary}, result.step
 
 

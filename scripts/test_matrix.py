@@ -35,8 +35,11 @@ OLDEST = {
 }
 # Of the same release as grpcio: newer ones need a newer grpcio.
 BESIDE_GRPCIO = ("grpcio-tools", "grpcio-health-checking", "grpcio-reflection")
-# protobuf 3.20's own, on Python 3.12 and newer; the tests take a warning for an error.
-KNOWN_WARNING = "ignore:datetime.datetime.utcfromtimestamp:DeprecationWarning"
+# protobuf 3.20's own; the tests take every other warning for an error.
+KNOWN_WARNINGS = (
+    "-Wignore:datetime.datetime.utcfromtimestamp:DeprecationWarning",
+    "-Wignore:Unexpected end-group tag:RuntimeWarning",
+)
 MUKOE = ("numpy==1.23.5", "tensorflow-cpu==2.15.*", "ray==2.9.*", "protobuf<5")
 
 
@@ -108,7 +111,7 @@ def run_row(row: Row, wheel: Path, tests: list[str]) -> None:
         row.versions = versions(there)
         log = environment / "tests.log"
         with subprocess.Popen(
-            [environment / "bin" / "pytest", "-q", "-p", "no:cacheprovider", "-W", KNOWN_WARNING, *tests],
+            [environment / "bin" / "pytest", "-q", "-p", "no:cacheprovider", *KNOWN_WARNINGS, *tests],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         ) as program, log.open("w") as copy:  # fmt: skip
             assert program.stdout is not None

@@ -27,7 +27,7 @@ def read_request_with_protobuf(model: str, message: bytes) -> object:
     """What a message means to a model, by protobuf alone; None if it means nothing."""
     try:
         request = MukoeRequest.FromString(message)
-    except DecodeError:
+    except (DecodeError, UnicodeDecodeError):  # the second out of protobuf 3.20 in plain Python
         return None
     kind = request.WhichOneof("request_type")
     if kind != MODELS[model].message_field:
@@ -47,7 +47,7 @@ def read_request(model: str, message: bytes) -> object:
 def read_answer_with_protobuf(message: bytes) -> tuple[dict[str, bytes], int] | None:
     try:
         result = MukoeResponse.FromString(message).result
-    except DecodeError:
+    except (DecodeError, UnicodeDecodeError):
         return None
     return {pair.key: pair.values for pair in result.dictionary}, result.step
 
