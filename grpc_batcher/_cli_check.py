@@ -47,12 +47,20 @@ def check(address: str, service: str, timeout_s: float, **tls: Any) -> int:
         except grpc.RpcError as error:
             if why := unresolved(address):
                 raise Failure(why) from None
-            return _not_serving(address, f"{error.code().name}: {error.details()}")
+            return _not_serving(address, _reason(error, service))
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     if status != "SERVING":
         return _not_serving(address, status)
     print(status)
     return 0
+
+
+def _reason(error: grpc.RpcError, service: str) -> str:
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return "the server has no health service"
+    if error.code() is grpc.StatusCode.NOT_FOUND:
+        return f"the server has no service {service!r}"
+    return f"{error.code().name}: {error.details()}"
 
 
 def _not_serving(address: str, why: str) -> int:

@@ -83,21 +83,25 @@ def remarks(points: Sequence[Point], processes: int) -> list[str]:
     else:
         best = max(points, key=lambda point: point.requests_per_s)
         lines.append(
-            f"Knee: {found.callers} callers ({KNEE_RULE}, {best.requests_per_s:.1f} requests/s with {best.callers})."
+            f"Knee: {_callers(found)} ({KNEE_RULE}, {best.requests_per_s:.1f} requests/s with {best.callers})."
         )
         if found is points[-1] and len(points) > 1:
             lines.append("It is the most that was tried; more callers may reach more.")
     for point in points:
         for status, count in point.errors.items():
-            lines.append(f"{point.callers} callers: {count} of {point.sent} requests failed with {status}.")
+            lines.append(f"{_callers(point)}: {count} of {point.sent} requests failed with {status}.")
         if point.silent_callers:
-            lines.append(f"{point.callers} callers: {point.silent_callers} of them had no answer in time.")
+            lines.append(f"{_callers(point)}: {point.silent_callers} of them had no answer in time.")
     if (busiest := max(point.callers_cpu_cores for point in points)) >= 0.9:
         lines.append(
             f"A process of callers used {busiest:.1f} cores, which may be the limit that was found; try "
             f"--processes {2 * processes} if this machine has more."
         )
     return lines
+
+
+def _callers(point: Point) -> str:
+    return f"{point.callers} caller{'s' if point.callers != 1 else ''}"
 
 
 def check_picture(path: Path) -> None:
@@ -123,7 +127,7 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
     throughput.plot(callers, [point.requests_per_s for point in points], marker="o")
     throughput.set(title="Throughput", ylabel="requests a second")
     if found := knee(points):
-        throughput.axvline(found.callers, color="C7", linestyle="--", label=f"knee: {found.callers} callers")
+        throughput.axvline(found.callers, color="C7", linestyle="--", label=f"knee: {_callers(found)}")
         throughput.legend()
     for name in ("p50_ms", "p90_ms", "p99_ms"):
         latency.plot(callers, [_or_gap(getattr(point, name)) for point in points], marker="o", label=name[:3])

@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import re
+import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -115,6 +116,7 @@ def serve(
         raise Failure(re.sub(r"^\w+(?= is )", lambda name: _option(name[0]), str(error))) from None
     except ImportError as error:  # of an extra
         raise Failure(str(error)) from None
+    _check_can_listen(batcher)
     # The metrics first: a batcher that takes requests must not end because of their port.
     if metrics_port is not None:
         print(f"metrics on http://{_serve_metrics(batcher, metrics_host, metrics_port)}/metrics", flush=True)
@@ -176,6 +178,20 @@ def _serve_metrics(batcher: MukoeBatcher, host: str, port: int) -> str:
     except OSError as error:
         raise Failure(f"--metrics-port: can not listen on {host}:{port}: {error}") from None
     return f"{host}:{server.server_port}"
+
+
+def _check_can_listen(batcher: MukoeBatcher) -> None:
+    """Raise Failure if the address can not be had. `start` would say so, too, but gRPC adds lines of its own."""
+    host, _, port = batcher.address.rpartition(":")
+    if batcher.address.startswith(("unix:", "unix-abstract:")):
+        return
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise Failure(f"can not listen on {batcher.address}: {error}") from None
 
 
 def _announce(batcher: MukoeBatcher) -> None:
