@@ -13,10 +13,12 @@ from typing import Any
 import grpc
 import pytest
 from serving import (
+    address_of,
     answer,
     error_of,
     eventually,
     in_background,
+    old_style_request,
     serving,
     start_program,
 )
@@ -24,6 +26,8 @@ from serving import (
 from grpc_batcher import BindError, MukoeBatcher, MukoeBatcherClient, _pool, create_batcher
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+
+REPR_HI = bytes.fromhex("0a040a026869")  # a "repr" request for b"hi", as it travels
 
 
 # ---- unix sockets ----
@@ -257,38 +261,38 @@ def test_a_server_that_ends_costs_one_error_a_stream_of_its_own_at_most_and_the_
 
 
 @pytest.mark.usefixtures("_long_lived_streams")
-def test_while_a_server_drains_the_others_answer_in_its_place() -> None:
+def test_while_two_servers_drain_the_third_answers_in_their_place() -> None:
     gate = threading.Event()
     gate.set()
+    held_batches: list[int] = []
 
-    def answer_once_it_is_open(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
-        entered.set()
-        gate.wait()
-        return answering_with(0)(requests)
+    def answering_through_the_gate(step: int) -> Callable[[list[bytes]], Any]:
+        def answer_once_it_is_open(requests: list[bytes]) -> Any:
+            if not gate.is_set():
+                held_batches.append(step)
+            gate.wait()
+            return answering_with(step)(requests)
 
-    entered = threading.Event()
+        return answer_once_it_is_open
+
     with (
-        serving(answer_once_it_is_open) as draining,
-        serving(answering_with(1)) as second,
+        serving(answering_through_the_gate(0)) as first,
+        serving(answering_through_the_gate(1)) as second,
         serving(answering_with(2)) as third,
-        client_of([draining, second, third]) as client,
-        MukoeBatcherClient(f"127.0.0.1:{draining.port}") as another,
+        client_of([first, second, third]) as client,
+        callers(client, 9) as send,
     ):
-        while client.send_request(b"until each is connected, and it is this one")[1] != 0 or not (
-            second.metrics().requests and third.metrics().requests
-        ):
-            renew_streams(client)
+        spread(client, send)
         gate.clear()
-        entered.clear()
-        held = in_background(another.send_request, b"held")
-        entered.wait()
-        shutdown = in_background(draining.shutdown, grace_s=60)
-        eventually(lambda: not draining.is_server_ready())
-        steps = []
+        requests = [in_background(old_style_request, address_of(batcher), REPR_HI) for batcher in (first, second)]
+        eventually(lambda: sorted(held_batches) == [0, 1])
+        shutdowns = [in_background(batcher.shutdown, grace_s=60) for batcher in (first, second)]
+        eventually(lambda: not first.is_server_ready() and not second.is_server_ready())
         for _ in range(30):
-            steps.append(client.send_request(b"x")[1])
+            assert client.send_request(b"x")[1] == 2
             renew_streams(client)
-        assert set(steps) == {1, 2}
         gate.set()
-        assert held.result() == answer(b"held", 0)
-        shutdown.result()
+        for request in requests:
+            assert request.result().code is grpc.StatusCode.OK
+        for shutdown in shutdowns:
+            shutdown.result()
