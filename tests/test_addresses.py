@@ -295,6 +295,6 @@ def test_while_two_servers_drain_the_third_answers_in_their_place() -> None:
             renew_streams(client)
         gate.set()
         for request in requests:
-            assert request.result().code is grpc.StatusCode.OK
+            assert len(request.result().messages) == 1
         for shutdown in shutdowns:
             shutdown.result()
