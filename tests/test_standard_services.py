@@ -16,6 +16,7 @@ from serving import (
     address_of,
     answer,
     connect,
+    error_of,
     finish_program,
     in_background,
     in_callback,
@@ -25,7 +26,7 @@ from serving import (
     waiting,
 )
 
-from grpc_batcher import MukoeBatcher
+from grpc_batcher import MukoeBatcher, MukoeBatcherClient
 from grpc_batcher._standard_services import StandardServices
 
 SERVICE = "mukoe_batcher.MukoeService"
@@ -134,30 +135,36 @@ def test_health_and_reflection_answer_while_the_callback_is_stuck_and_many_calle
 
 EXIT_PROGRAM = """
     import sys
+    import threading
 
     from grpc_batcher import create_batcher
 
-    batcher = create_batcher(
-        "repr", 1, 0, port=0, batch_process_fn=lambda batch: [({}, 0)] * len(batch), health=True, reflection=True
-    )
+    def never_answer(batch):
+        print("in the callback", flush=True)
+        threading.Event().wait()
+
+    batcher = create_batcher("repr", 1, 0, port=0, batch_process_fn=never_answer, health=True, reflection=True)
     batcher.start()
     print(batcher.port, flush=True)
     sys.stdin.readline()
 """
 
 
-def test_a_program_that_never_shuts_down_ends_well_while_it_is_watched(tmp_path: Path) -> None:
-    with (
-        start_program(tmp_path, EXIT_PROGRAM) as program,
-        probe_of(f"127.0.0.1:{program.read_line()}") as probe,
-    ):
-        watch = probe.watch("")
-        assert next(watch) == SERVING
-        status, output, errors = finish_program(program, "end\n")
-        assert (status, output) == (0, ""), errors
-        assert "Traceback" not in errors
-        with pytest.raises(grpc.RpcError):
-            assert list(watch) == [NOT_SERVING]
+def test_a_program_that_never_shuts_down_ends_well_and_its_watchers_are_told(tmp_path: Path) -> None:
+    with start_program(tmp_path, EXIT_PROGRAM) as program:
+        address = f"127.0.0.1:{program.read_line()}"
+        with probe_of(address) as probe, MukoeBatcherClient(address) as client:
+            watch = probe.watch("")
+            assert next(watch) == SERVING
+            request = in_background(client.send_request, b"x")
+            assert program.read_line() == "in the callback"
+            status, output, errors = finish_program(program, "end\n")
+            assert (status, output) == (0, ""), errors
+            assert "Traceback" not in errors
+            assert next(watch) == NOT_SERVING
+            with pytest.raises(grpc.RpcError):
+                next(watch)
+            assert error_of(request.result).code() is grpc.StatusCode.UNAVAILABLE
 
 
 def test_without_being_asked_for_there_is_neither_health_nor_reflection() -> None:
@@ -241,9 +248,7 @@ UNUSED = """
     from grpc_batcher import create_batcher
 
     with create_batcher("repr", 1, 0, port=0, batch_process_fn=len, host="127.0.0.1"):
-        print(sorted({name.partition(".")[0] for name in sys.modules} & {
-            "grpc_health", "grpc_reflection", "prometheus_client"
-        }))
+        print(sorted({"grpc_health.v1", "grpc_reflection.v1alpha", "prometheus_client"} & set(sys.modules)))
 """
 
 
