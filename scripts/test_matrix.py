@@ -83,9 +83,10 @@ def all_rows() -> list[Row]:
 def chosen_rows(patterns: list[str]) -> list[Row]:
     """The rows that match one of the patterns; all if there is none. Exits if a pattern matches no row."""
     rows = all_rows()
+    names = [row.name for row in rows]
     for pattern in patterns:
-        if not fnmatch.filter([row.name for row in rows], pattern):
-            sys.exit(f"MATRIX_ROWS has {pattern!r}, which is no row here; there are {' '.join(row.name for row in rows)}")
+        if not fnmatch.filter(names, pattern):
+            sys.exit(f"MATRIX_ROWS has {pattern!r}, which is no row here; there are {' '.join(names)}")
     return [row for row in rows if not patterns or any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns)]
 
 

@@ -1,4 +1,4 @@
-"""What scripts/build_grpc_batcher.sh asks of a container engine. The engine is a stand-in that writes down its orders."""
+"""What scripts/build_grpc_batcher.sh asks of a container engine, which is a stand-in that writes down its orders."""
 
 from __future__ import annotations
 

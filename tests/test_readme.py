@@ -30,7 +30,9 @@ TEXTS = {
         "README.md",
         "CHANGELOG.md",
         "CONTRIBUTING.md",
+        "docker/README.md",
         "docs/new-model.md",
+        "docs/releasing.md",
         "examples/README.md",
         "scripts/README.md",
         "tests/README.md",
@@ -247,11 +249,24 @@ def test_contributing_says_where_every_module_is() -> None:
     assert modules == {name for name in named if re.fullmatch(r"\w+\.(py|pyx|pyi)", name)}
 
 
-@pytest.mark.parametrize("folder", ["tests", "scripts"])
+@pytest.mark.parametrize("folder", ["docker", "tests", "scripts"])
 def test_the_readme_of_a_folder_has_a_line_for_each_file(folder: str) -> None:
     there = {entry.name + "/" * entry.is_dir() for entry in (ROOT / folder).iterdir() if entry.name[0] != "."}
     named = names_in_first_column(TEXTS[f"{folder}/README.md"])
     assert sorted(named) == sorted(there - {"README.md", "__pycache__/"})
+
+
+# ---- releases ----
+
+
+def test_the_changelog_begins_with_the_version_of_the_package() -> None:
+    versions = re.findall(r"^## \[(.*?)\] - (?:unreleased|\d{4}-\d\d-\d\d)$", TEXTS["CHANGELOG.md"], re.M)
+    assert versions[0] == grpc_batcher.__version__
+
+
+def test_the_page_about_releases_has_ten_steps() -> None:
+    steps = re.findall(r"^(\d+)\. ", TEXTS["docs/releasing.md"], re.M)
+    assert steps == [str(number) for number in range(1, 11)]
 
 
 # ---- docs/new-model.md ----
