@@ -12,15 +12,17 @@ except ImportError as error:
 from ._batcher import MukoeBatcher, create_batcher
 from ._client import MukoeBatcherClient
 from ._errors import BatcherError, BindError, RequestError
-from ._metrics import Metrics
+from ._metrics import Histogram, Metrics, Percentiles
 from ._version import __version__
 
 __all__ = [
     "BatcherError",
     "BindError",
+    "Histogram",
     "Metrics",
     "MukoeBatcher",
     "MukoeBatcherClient",
+    "Percentiles",
     "RequestError",
     "__version__",
     "create_batcher",

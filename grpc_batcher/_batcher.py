@@ -6,6 +6,9 @@ import atexit
 import logging
 import math
 import os
+import queue
+import signal
+import socket
 import threading
 import time
 import weakref
@@ -22,6 +25,7 @@ from ._errors import BindError
 from ._metrics import Metrics, Recorder, summary
 from ._models import MODELS, Model
 from ._service import Service
+from ._standard_services import StandardServices
 from ._threads import DaemonThreadPool
 
 _logger = logging.getLogger("grpc_batcher")
@@ -63,6 +67,7 @@ class MukoeBatcher:
         track_metrics: bool,
         credentials: grpc.ServerCredentials | None,
         interceptors: Sequence[grpc.ServerInterceptor],
+        standard_services: StandardServices,
     ) -> None:
         self._model = model
         self._callback = batch_process_fn
@@ -71,8 +76,9 @@ class MukoeBatcher:
         self._port = port
         self._credentials = credentials
         self._interceptors = interceptors
+        self._standard_services = standard_services
         self._room = _core.WaitingRoom(batch_size, round(batch_timeout_s * 1e9), max_queue_size)
-        self._recorder = Recorder(timed=track_metrics)
+        self._recorder = Recorder(timed=track_metrics, batch_size=batch_size)
         self._service = Service(self._room, model, self._recorder, max_streams, _gears.stream_handler)
         self._options = (
             # Two servers would share a port, and each get some of the requests.
@@ -93,6 +99,8 @@ class MukoeBatcher:
         self._ready = threading.Event()
         self._shutdown_begun = False
         self._shutdown_done = threading.Event()
+        # Why `serve_forever` returns. Unlike an Event's, its methods may be called from signal handlers.
+        self._stops: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     # ---- life cycle ----
 
@@ -110,12 +118,18 @@ class MukoeBatcher:
             server = grpc.server(
                 self._threads, handlers=(self._service,), interceptors=self._interceptors, options=self._options
             )
+            self._standard_services.add_to(server)
             self._port = self._bind(server)
-            self._batch_thread.start()
             server.start()
+            try:
+                self._batch_thread.start()
+            except RuntimeError:  # there can be no more threads; nothing was started, then
+                server.stop(None).wait()
+                raise
             self._server = server
             _running.add(self)
             self._ready.set()
+            self._standard_services.say_serving(not self._shutdown_begun)
             if self._shutdown_begun:  # by a signal handler, in this very thread
                 self._shut_down(grace_s=0)
                 raise RuntimeError("this batcher was shut down while it started")
@@ -128,18 +142,55 @@ class MukoeBatcher:
                 self.address,
             )
 
+    def serve_forever(self, grace_s: float = 5.0) -> None:
+        """Serve until the process gets SIGTERM or SIGINT (Ctrl-C), then shut down and return.
+
+        grace_s: as for `shutdown`.
+
+        Starts the batcher unless it is started. Returns also when something else shuts it down. A second signal while
+        it shuts down raises SystemExit(128 + signal's number). Whatever handled the signals before does so again when
+        this returns. Raises what `start` does, and RuntimeError outside the main thread.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError(
+                f"serve_forever was called in thread {threading.current_thread().name!r}; call it in the main thread, "
+                "as Python handles signals in no other, or call start() and later shutdown()"
+            )
+        _check_grace(grace_s)
+        received: list[int] = []
+
+        def on_signal(number: int, _frame: object) -> None:
+            if received:
+                raise SystemExit(128 + number)
+            received.append(number)
+            self._stops.put(None)
+
+        handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            if not self.is_server_ready():
+                self.start()
+            self._stops.get()
+            for number in received:
+                _logger.info("shutting down within %s s on %s", grace_s, signal.Signals(number).name)
+            self.shutdown(grace_s)
+        finally:
+            for number, handler in handlers.items():
+                # None: it was not set from Python, and can not be set again from here.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
     def _bind(self, server: grpc.Server) -> int:
         """Return the port that the server listens on; for a unix socket what was asked for."""
-        try:
-            if self._credentials is None:
-                port = server.add_insecure_port(self.address)
-            else:
-                port = server.add_secure_port(self.address, self._credentials)
-        except RuntimeError as error:
-            raise BindError(f"can not listen on {self.address}: {error}") from None
-        if port == 0:  # grpcio before 1.60 says it so
-            raise BindError(f"can not listen on {self.address}; does another process?")
-        return self._port if _is_unix(self._host) else int(port)
+        if _is_unix(self._host) and _is_served(self._host):
+            raise BindError(f"can not listen on {self.address}: another server does")
+        port = _add_port(server, self.address, self._credentials)
+        if port == 0:
+            if self._credentials is not None and not _can_be_used(self._credentials):
+                raise ValueError(
+                    f"credentials is {self._credentials!r}, of which gRPC can not use the certificate, the key or the "
+                    "root certificates (it said which on stderr); they must be PEM, and the key that of the certificate"
+                )
+            raise BindError(f"can not listen on {self.address}: {_why_not(self._host, self._port)}")
+        return self._port if _is_unix(self._host) else port
 
     def is_server_ready(self) -> bool:
         """Whether it is started and not shut down."""
@@ -164,7 +215,7 @@ class MukoeBatcher:
         May be called again, and from any thread: all calls return when the first is done, or their own grace is over.
         From the callback it returns at once, and the shutdown goes on behind it.
         """
-        _check("grace_s", grace_s, _is_duration(grace_s), f"a number of seconds from 0 to {_MAX_TIMEOUT_S:.0f}")
+        _check_grace(grace_s)
         if threading.current_thread() is self._batch_thread:
             threading.Thread(target=self.shutdown, args=(grace_s,), name="grpc_batcher-shutdown").start()
             return
@@ -175,9 +226,11 @@ class MukoeBatcher:
             self._ready.set()  # whoever waits for it learns that it is over
         if first:
             try:
+                self._standard_services.say_serving(False)
                 self._shut_down(grace_s)
             finally:
                 self._shutdown_done.set()
+                self._stops.put(None)
         else:
             self._shutdown_done.wait(grace_s)
 
@@ -258,13 +311,15 @@ class MukoeBatcher:
     # ---- the batch thread ----
 
     def _run(self) -> None:
+        timed = self._recorder.timed
         while (taken := self._room.take_batch()) is not None:
             _reason, tickets = taken
-            begin_ns = time.monotonic_ns() if self._recorder.timed else 0
+            waits_ns = [ticket.taken_ns - ticket.pushed_ns for ticket in tickets] if timed else ()
+            self._recorder.batch_taken(len(tickets), waits_ns)
+            begin_ns = time.monotonic_ns() if timed else 0
             outcomes = outcomes_of(self._callback, [ticket.request for ticket in tickets])
-            if self._recorder.timed:
-                waiting_ns = sum(ticket.taken_ns - ticket.pushed_ns for ticket in tickets)
-                self._recorder.batch_timed(len(tickets), waiting_ns, time.monotonic_ns() - begin_ns)
+            if timed:
+                self._recorder.callback_timed(time.monotonic_ns() - begin_ns)
             self._room.finish(tickets, outcomes)
             self._delivery.deliver(tickets)
             del taken, tickets, outcomes  # a batcher that waits keeps nothing alive
@@ -285,6 +340,8 @@ def create_batcher(
     max_streams: int = 8192,
     credentials: grpc.ServerCredentials | None = None,
     interceptors: Sequence[grpc.ServerInterceptor] = (),
+    health: bool = False,
+    reflection: bool = False,
 ) -> MukoeBatcher:
     """Return a batcher, not yet started, that serves a model to many callers.
 
@@ -304,8 +361,11 @@ def create_batcher(
     max_streams: most callers' streams open at once; the next one gets RESOURCE_EXHAUSTED.
     credentials: such as grpc.ssl_server_credentials gives, for TLS; None for plaintext.
     interceptors: gRPC's server interceptors, for instance to check a token in the metadata.
+    health: whether gRPC's health service answers, too: SERVING from the end of `start` to the begin of `shutdown`.
+    reflection: whether gRPC's reflection service answers, too, by which tools such as grpcurl find what there is.
 
-    Raises ValueError or TypeError that names the argument, its value and what is allowed.
+    Raises ValueError or TypeError that names the argument, its value and what is allowed, and ImportError that names
+    what to install for `health` and `reflection`.
     """
     if not isinstance(model, str) or model not in MODELS:
         raise ValueError(f"Invalid model: {model}")
@@ -343,12 +403,17 @@ def create_batcher(
         track_metrics=bool(track_metrics),
         credentials=credentials,
         interceptors=tuple(interceptors),
+        standard_services=StandardServices(health=bool(health), reflection=bool(reflection)),
     )
 
 
 def _check(name: str, value: Any, is_good: bool, allowed: str) -> None:
     if not is_good:
         raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+def _check_grace(grace_s: Any) -> None:
+    _check("grace_s", grace_s, _is_duration(grace_s), f"a number of seconds from 0 to {_MAX_TIMEOUT_S:.0f}")
 
 
 def _is_int(value: Any) -> bool:
@@ -364,6 +429,47 @@ def _is_duration(value: Any) -> bool:
 
 def _is_unix(host: str) -> bool:
     return host.startswith(("unix:", "unix-abstract:"))
+
+
+def _is_served(host: str) -> bool:
+    """Whether a server listens on a unix socket. gRPC would take the path away from it without a word."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(host.removeprefix("unix:"))
+        except BlockingIOError:  # it has more callers than it can take
+            return True
+        except OSError:  # nobody; or a process that was killed left the socket behind, which gRPC replaces
+            return False
+        return True
+
+
+def _add_port(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
+    """Return the port, or 0 if it can not be had, as grpcio did before 1.60."""
+    try:
+        if credentials is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, credentials))
+    except RuntimeError:
+        return 0
+
+
+def _can_be_used(credentials: grpc.ServerCredentials) -> bool:
+    """Whether gRPC takes them for an address that can surely be had."""
+    return _add_port(grpc.server(DaemonThreadPool("grpc_batcher-probe")), "localhost:0", credentials) != 0
+
+
+def _why_not(host: str, port: int) -> str:
+    """What the system says of an address that gRPC could not have."""
+    try:
+        if not _is_unix(host):
+            family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.bind(address)
+                probe.listen()
+    except OSError as error:
+        return f"{error.strerror}"
+    return "gRPC can not have it, and said why on stderr"
 
 
 def _is_local(host: str) -> bool:
@@ -382,6 +488,7 @@ def _shut_down_at_exit() -> None:
     for batcher in batchers:
         batcher._shutdown_begun = True
         batcher._room.close()
+        batcher._standard_services.say_serving(False)
     for batcher in batchers:
         try:
             batcher._shut_down(max(end_s - time.monotonic(), 0))

@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections import Counter
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
+from typing import NamedTuple
+
+# The percentiles are of so many requests, or batches: the last ones.
+PERCENTILE_WINDOW = 4096
+
+# The upper bounds of the histograms of times, in ns: half a millisecond to a minute.
+_BOUNDS_NS = tuple(
+    int(bound_ms * 1e6)
+    for bound_ms in (0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000)
+)
+
+
+class Percentiles(NamedTuple):
+    """So many of a hundred were at most so large."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How large the values were that were counted since the start.
+
+    upper_bounds: ascending; the last is infinity.
+    counts: for each bound the number of values that were at most so large; the last is the number of all.
+    sum: all values together.
+    """
+
+    upper_bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum: float
 
 
 @dataclass(frozen=True)
@@ -24,8 +59,12 @@ class Metrics:
     mean_callback_ms: the callback's duration, a batch.
     mean_encoding_ms: making the reply's message, a request.
     mean_end_to_end_ms: from arrival until the reply is handed to gRPC, a request.
+    waiting_percentiles_ms, callback_percentiles_ms, end_to_end_percentiles_ms: p50, p90 and p99 of the same times, over
+        the last 4,096 of each.
+    batch_sizes: how many requests the batches had.
+    waiting_histogram_s, callback_histogram_s, end_to_end_histogram_s: the same times, in seconds.
 
-    Means are None where nothing was counted yet, and the times also with `track_metrics=False`.
+    Means and percentiles are None where nothing was counted yet, and all that is of times with `track_metrics=False`.
     """
 
     model: str
@@ -39,61 +78,118 @@ class Metrics:
     mean_callback_ms: float | None
     mean_encoding_ms: float | None
     mean_end_to_end_ms: float | None
+    waiting_percentiles_ms: Percentiles | None
+    callback_percentiles_ms: Percentiles | None
+    end_to_end_percentiles_ms: Percentiles | None
+    batch_sizes: Histogram
+    waiting_histogram_s: Histogram | None
+    callback_histogram_s: Histogram | None
+    end_to_end_histogram_s: Histogram | None
+
+
+class _Times:
+    """Durations of one kind. The recorder's lock guards it."""
+
+    def __init__(self) -> None:
+        self.sum_ns = 0
+        self.counts = [0] * (len(_BOUNDS_NS) + 1)  # each value counts in one place; adding up is left to readers
+        self.last_ns: deque[int] = deque(maxlen=PERCENTILE_WINDOW)
+
+    def add(self, duration_ns: int) -> None:
+        self.sum_ns += duration_ns
+        self.counts[bisect_left(_BOUNDS_NS, duration_ns)] += 1
+        self.last_ns.append(duration_ns)
+
+    def copy(self) -> _Times:
+        copy = _Times()
+        copy.sum_ns, copy.counts, copy.last_ns = self.sum_ns, self.counts.copy(), self.last_ns.copy()
+        return copy
+
+    def mean_ms(self) -> float | None:
+        return _mean(self.sum_ns / 1e6, sum(self.counts))
+
+    def percentiles_ms(self) -> Percentiles | None:
+        if not self.last_ns:
+            return None
+        ordered = sorted(self.last_ns)
+        # The nearest rank: the smallest value that so many percent are no larger than.
+        return Percentiles(*(ordered[math.ceil(len(ordered) * percent / 100) - 1] / 1e6 for percent in (50, 90, 99)))
+
+    def histogram_s(self) -> Histogram:
+        return _histogram([bound_ns / 1e9 for bound_ns in _BOUNDS_NS], self.counts, self.sum_ns / 1e9)
 
 
 class Recorder:
     """Adds up counts and times; any thread may call it.
 
     timed: whether the callers should look at the clock at all.
+    batch_size: the largest batch.
     """
 
-    def __init__(self, *, timed: bool) -> None:
+    def __init__(self, *, timed: bool, batch_size: int) -> None:
         self.timed = timed
         self._lock = threading.Lock()
         self._requests: Counter[str] = Counter()
-        self._timed_batches = 0
-        self._timed_requests = 0
-        self._timed_replies = 0
-        self._waiting_ns = 0
-        self._callback_ns = 0
+        self._size_bounds = (*(2**power for power in range((batch_size - 1).bit_length())), batch_size)
+        self._size_counts = [0] * (len(self._size_bounds) + 1)
+        self._size_sum = 0
+        self._waiting = _Times()
+        self._callback = _Times()
+        self._end_to_end = _Times()
         self._encoding_ns = 0
-        self._end_to_end_ns = 0
 
-    def batch_timed(self, size: int, waiting_ns: int, callback_ns: int) -> None:
-        """waiting_ns: of all the batch's requests together."""
+    def batch_taken(self, size: int, waits_ns: Iterable[int]) -> None:
+        """waits_ns: of each of its requests; nothing if that is not timed."""
         with self._lock:
-            self._timed_batches += 1
-            self._timed_requests += size
-            self._waiting_ns += waiting_ns
-            self._callback_ns += callback_ns
+            self._size_counts[bisect_left(self._size_bounds, size)] += 1
+            self._size_sum += size
+            for wait_ns in waits_ns:
+                self._waiting.add(wait_ns)
 
-    def reply_timed(self, encoding_ns: int, end_to_end_ns: int) -> None:
+    def callback_timed(self, duration_ns: int) -> None:
         with self._lock:
-            self._timed_replies += 1
-            self._encoding_ns += encoding_ns
-            self._end_to_end_ns += end_to_end_ns
+            self._callback.add(duration_ns)
 
-    def request_ended(self, status: str) -> None:
+    def request_answered(self, encoding_ns: int, end_to_end_ns: int) -> None:
+        """The times do not matter unless `timed`."""
+        with self._lock:
+            self._requests["OK"] += 1
+            if self.timed:
+                self._encoding_ns += encoding_ns
+                self._end_to_end.add(end_to_end_ns)
+
+    def request_failed(self, status: str) -> None:
         with self._lock:
             self._requests[status] += 1
 
     def snapshot(
         self, *, model: str, batches: Mapping[str, int], batched_requests: int, waiting: int, open_streams: int
     ) -> Metrics:
-        with self._lock:
-            return Metrics(
-                model=model,
-                requests=MappingProxyType(dict(self._requests)),
-                batches=MappingProxyType(dict(batches)),
-                batched_requests=batched_requests,
-                waiting=waiting,
-                open_streams=open_streams,
-                mean_batch_size=_mean(batched_requests, sum(batches.values())),
-                mean_waiting_ms=_mean(self._waiting_ns / 1e6, self._timed_requests),
-                mean_callback_ms=_mean(self._callback_ns / 1e6, self._timed_batches),
-                mean_encoding_ms=_mean(self._encoding_ns / 1e6, self._timed_replies),
-                mean_end_to_end_ms=_mean(self._end_to_end_ns / 1e6, self._timed_replies),
-            )
+        with self._lock:  # copies alone: the hot path waits for it
+            requests = dict(self._requests)
+            batch_sizes = _histogram(self._size_bounds, self._size_counts, self._size_sum)
+            encoding_ns = self._encoding_ns
+            waits, callbacks, totals = self._waiting.copy(), self._callback.copy(), self._end_to_end.copy()
+        return Metrics(
+            model=model,
+            requests=MappingProxyType(requests),
+            batches=MappingProxyType(dict(batches)),
+            batched_requests=batched_requests,
+            waiting=waiting,
+            open_streams=open_streams,
+            mean_batch_size=_mean(batched_requests, sum(batches.values())),
+            mean_waiting_ms=waits.mean_ms(),
+            mean_callback_ms=callbacks.mean_ms(),
+            mean_encoding_ms=_mean(encoding_ns / 1e6, sum(totals.counts)),
+            mean_end_to_end_ms=totals.mean_ms(),
+            waiting_percentiles_ms=waits.percentiles_ms(),
+            callback_percentiles_ms=callbacks.percentiles_ms(),
+            end_to_end_percentiles_ms=totals.percentiles_ms(),
+            batch_sizes=batch_sizes,
+            waiting_histogram_s=waits.histogram_s() if self.timed else None,
+            callback_histogram_s=callbacks.histogram_s() if self.timed else None,
+            end_to_end_histogram_s=totals.histogram_s() if self.timed else None,
+        )
 
 
 def summary(metrics: Metrics, *, timed: bool) -> str:
@@ -108,11 +204,11 @@ def summary(metrics: Metrics, *, timed: bool) -> str:
     ]
     if timed:
         lines += [
-            "  mean time in ms",
-            f"    waiting:        {_show(metrics.mean_waiting_ms)}",
-            f"    callback:       {_show(metrics.mean_callback_ms)} a batch",
+            "  mean time in ms   (and lately: 50, 90 and 99 % took at most)",
+            f"    waiting:        {_show(metrics.mean_waiting_ms, metrics.waiting_percentiles_ms)}",
+            f"    callback:       {_show(metrics.mean_callback_ms, metrics.callback_percentiles_ms)} a batch",
             f"    encoding:       {_show(metrics.mean_encoding_ms)}",
-            f"    end to end:     {_show(metrics.mean_end_to_end_ms)}",
+            f"    end to end:     {_show(metrics.mean_end_to_end_ms, metrics.end_to_end_percentiles_ms)}",
         ]
     else:
         lines.append("  nothing was timed: track_metrics is False")
@@ -123,5 +219,13 @@ def _mean(total: float, count: int) -> float | None:
     return total / count if count else None
 
 
-def _show(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _histogram(bounds: Sequence[float], counts: Iterable[int], total: float) -> Histogram:
+    return Histogram((*bounds, math.inf), tuple(accumulate(counts)), total)
+
+
+def _show(mean: float | None, percentiles: Percentiles | None = None) -> str:
+    if mean is None:
+        return "-"
+    if percentiles is None:
+        return f"{mean:.3f}"
+    return f"{mean:.3f} ({', '.join(f'{value:.3f}' for value in percentiles)})"

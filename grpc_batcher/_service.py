@@ -15,7 +15,8 @@ from . import _core
 from ._metrics import Recorder
 from ._models import Answer, BadRequestError, Model, write_answer
 
-METHOD = "/mukoe_batcher.MukoeService/ProcessRequest"
+SERVICE_NAME = "mukoe_batcher.MukoeService"
+METHOD = f"/{SERVICE_NAME}/ProcessRequest"
 
 # Sent with the status of a stream that the server ends: how many of its requests the batcher took in. The caller can
 # tell by it that its last request was not among them, and may be sent again.
@@ -102,10 +103,8 @@ class Session:
             reply = write_answer(outcome)
         except OverflowError as error:
             raise self._end(grpc.StatusCode.INTERNAL, f"the answer can not be sent: {error}") from None
-        if recorder.timed:
-            end_ns = time.monotonic_ns()
-            recorder.reply_timed(end_ns - begin_ns, end_ns - ticket.pushed_ns)
-        recorder.request_ended("OK")
+        end_ns = time.monotonic_ns() if recorder.timed else 0
+        recorder.request_answered(end_ns - begin_ns, end_ns - ticket.pushed_ns)
         return reply
 
     def replied(self) -> None:
@@ -127,7 +126,7 @@ class Session:
         if self._count_once():
             late = self._deadline_ns is not None and time.monotonic_ns() >= self._deadline_ns
             code, _details = _ENDS[_core.EXPIRED if late else _core.LEFT]
-            self._service.recorder.request_ended(code.name)
+            self._service.recorder.request_failed(code.name)
 
     def _count_once(self) -> bool:
         """Whether the request that was taken in is still to be counted. A reply and the caller's leaving may race."""
@@ -143,7 +142,7 @@ class Session:
         return self._end(code, details)
 
     def _end(self, code: grpc.StatusCode, details: str) -> StreamEnd:
-        self._service.recorder.request_ended(code.name)
+        self._service.recorder.request_failed(code.name)
         return StreamEnd(code, details, self._taken_in)
 
 

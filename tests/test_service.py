@@ -41,7 +41,9 @@ class EagerStream:
 @pytest.fixture
 def service() -> Service:
     room = _core.WaitingRoom(batch_size=1, window_ns=0, capacity=2)
-    return Service(room, MODELS["repr"], Recorder(timed=True), max_streams=2, stream_handler=lambda _open: None)
+    return Service(
+        room, MODELS["repr"], Recorder(timed=True, batch_size=1), max_streams=2, stream_handler=lambda _open: None
+    )
 
 
 def counts(service: Service) -> dict[str, int]:

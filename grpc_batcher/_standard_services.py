@@ -1,0 +1,61 @@
+"""gRPC's standard services beside the batcher's own: health and reflection, each from a package of gRPC's."""
+
+from __future__ import annotations
+
+import grpc
+
+from ._service import SERVICE_NAME
+
+# gRPC's health checking protocol: this name stands for the whole server.
+_WHOLE_SERVER = ""
+
+
+class StandardServices:
+    """What `health` and `reflection` of create_batcher ask for; nothing if neither does.
+
+    Raises ImportError that says what to install.
+    """
+
+    def __init__(self, *, health: bool, reflection: bool) -> None:
+        self._health = None
+        self._reflection = None
+        if health:
+            try:
+                import grpc_health.v1.health as health_module
+            except ImportError as error:
+                raise _missing("health", "grpcio-health-checking") from error
+            # Watch of such a one needs no thread for a stream.
+            self._health = health_module.HealthServicer(experimental_non_blocking=True)
+            self.say_serving(False)
+        if reflection:
+            try:
+                import grpc_reflection.v1alpha.reflection as reflection_module
+            except ImportError as error:
+                raise _missing("reflection", "grpcio-reflection") from error
+            self._reflection = reflection_module
+
+    def add_to(self, server: grpc.Server) -> None:
+        names = [SERVICE_NAME]
+        if self._health is not None:
+            from grpc_health.v1 import health, health_pb2_grpc
+
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            names.append(health.SERVICE_NAME)
+        if self._reflection is not None:
+            # What it says of them it finds in protobuf's default pool, where `_proto` has put the contract.
+            self._reflection.enable_server_reflection((*names, self._reflection.SERVICE_NAME), server)
+
+    def say_serving(self, is_serving: bool) -> None:
+        """Set what Check answers, and tell whoever watches."""
+        if self._health is not None:
+            from grpc_health.v1.health_pb2 import HealthCheckResponse
+
+            status = HealthCheckResponse.SERVING if is_serving else HealthCheckResponse.NOT_SERVING
+            for name in (_WHOLE_SERVER, SERVICE_NAME):
+                self._health.set(name, status)
+
+
+def _missing(argument: str, package: str) -> ImportError:
+    return ImportError(
+        f'{argument}=True needs {package}, which can not be imported here; pip install "grpc-batcher[{argument}]"'
+    )

@@ -1,0 +1,89 @@
+"""A batcher's metrics for Prometheus. Needs the extra: pip install "grpc-batcher[prometheus]".
+
+prometheus_client.REGISTRY.register(BatcherCollector(batcher))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+try:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+    from prometheus_client.registry import Collector
+    from prometheus_client.utils import floatToGoString
+except ImportError as error:
+    raise ImportError(
+        "grpc_batcher.prometheus needs prometheus-client, which can not be imported here; "
+        'pip install "grpc-batcher[prometheus]"'
+    ) from error
+
+from ._batcher import MukoeBatcher
+from ._metrics import Histogram
+
+__all__ = ["BatcherCollector"]
+
+_LABELS = ("model", "port")
+
+
+class BatcherCollector(Collector):
+    """Gives a Prometheus registry the metrics of batchers, as they are at each scrape.
+
+    batchers: one or more. One collector is to have all of a process, for a registry takes a name only once.
+
+    Each sample has the labels `model` and `port`; of a batcher on a unix socket `port` is its address.
+    docs/metrics.md lists the metrics. Raises ValueError if no batcher is given.
+    """
+
+    def __init__(self, *batchers: MukoeBatcher) -> None:
+        if not batchers:
+            raise ValueError("no batcher was given; BatcherCollector takes one or more")
+        self._batchers = batchers
+
+    def collect(self) -> Iterator[Metric]:
+        """Return the metrics as they are now; a registry calls it."""
+        requests = CounterMetricFamily(
+            "grpc_batcher_requests", "Requests that ended, by the name of their gRPC status.", labels=(*_LABELS, "code")
+        )
+        batches = CounterMetricFamily(
+            "grpc_batcher_batches", "Batches taken, by the reason for which they left.", labels=(*_LABELS, "reason")
+        )
+        sizes = HistogramMetricFamily("grpc_batcher_batch_size", "Requests in a batch.", labels=_LABELS)
+        waits = HistogramMetricFamily(
+            "grpc_batcher_waiting_seconds", "From a request's arrival until its batch was taken.", labels=_LABELS
+        )
+        callbacks = HistogramMetricFamily(
+            "grpc_batcher_callback_seconds", "The callback's duration, a batch.", labels=_LABELS
+        )
+        totals = HistogramMetricFamily(
+            "grpc_batcher_end_to_end_seconds",
+            "From a request's arrival until its reply is handed to gRPC.",
+            labels=_LABELS,
+        )
+        waiting = GaugeMetricFamily("grpc_batcher_waiting_requests", "Requests that wait for a batch.", labels=_LABELS)
+        streams = GaugeMetricFamily("grpc_batcher_open_streams", "Callers' streams that are open.", labels=_LABELS)
+        ready = GaugeMetricFamily("grpc_batcher_ready", "1 while the batcher serves, else 0.", labels=_LABELS)
+        for batcher in self._batchers:
+            metrics = batcher.metrics()
+            labels = (metrics.model, _port_of(batcher))
+            for code, count in metrics.requests.items():
+                requests.add_metric((*labels, code), count)
+            for reason, count in metrics.batches.items():
+                batches.add_metric((*labels, reason), count)
+            _add(sizes, labels, metrics.batch_sizes)
+            _add(waits, labels, metrics.waiting_histogram_s)
+            _add(callbacks, labels, metrics.callback_histogram_s)
+            _add(totals, labels, metrics.end_to_end_histogram_s)
+            waiting.add_metric(labels, metrics.waiting)
+            streams.add_metric(labels, metrics.open_streams)
+            ready.add_metric(labels, batcher.is_server_ready())
+        yield from (requests, batches, sizes, waits, callbacks, totals, waiting, streams, ready)
+
+
+def _port_of(batcher: MukoeBatcher) -> str:
+    return batcher.address if batcher.address.startswith("unix") else str(batcher.port)
+
+
+def _add(family: HistogramMetricFamily, labels: Sequence[str], histogram: Histogram | None) -> None:
+    if histogram is not None:
+        bounds = map(floatToGoString, histogram.upper_bounds)
+        family.add_metric(labels, list(zip(bounds, histogram.counts, strict=True)), histogram.sum)
