@@ -13,7 +13,15 @@ from typing import Any
 import cpp_echo
 
 # Of the environment, what changes how these programs run.
-_TELLING = ("GRPC_", "MALLOC_", "GLIBC_", "PYTHON")
+_TELLING = (
+    "GLIBC_TUNABLES",
+    "GRPC_ENABLE_FORK_SUPPORT",
+    "GRPC_EXPERIMENTS",
+    "GRPC_POLL_STRATEGY",
+    "MALLOC_",
+    "PYTHONGIL",
+    "PYTHONMALLOC",
+)
 
 
 def describe() -> dict[str, Any]:

@@ -104,14 +104,15 @@ HIDDEN = """
     hidden = types.ModuleType(module.__name__)
     hidden.__dict__.update({{each: value for each, value in vars(module).items() if each != name}})
     whole = getattr(module, name)
-    if attribute and hasattr(whole, attribute):
+    if attribute and module is cygrpc:  # classes whose own attributes are used
         rest = {{each: getattr(whole, each) for each in dir(whole) if each != attribute and each[:2] != "__"}}
         setattr(hidden, name, type(name, (), rest))
-    elif attribute:
+    elif attribute:  # classes whose instances are used
         class Lacking(whole):
-            def __init__(self, *arguments):
-                super().__init__(*arguments)
-                delattr(self, attribute)
+            def __getattribute__(self, name):
+                if name == attribute:
+                    raise AttributeError(f"there is no {{name}}")
+                return super().__getattribute__(name)
         setattr(hidden, name, Lacking)
     package = sys.modules[module.__name__.rpartition(".")[0]]
     short_name = module.__name__.rpartition(".")[2]

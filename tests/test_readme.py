@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import inspect
+import json
 import os
 import re
 import shutil
@@ -324,3 +325,29 @@ DESCRIPTOR = descriptor_pool.Default().AddSerializedFile({file.SerializeToString
 builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, globals())
 builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "mukoe_batcher_pb2", globals())
 """
+
+
+# ---- the figures ----
+
+SPEED_ROWS = {
+    "this library, direct gear": "direct gear",
+    "this library, public gear": "public gear",
+    "plain grpcio echo, no batching, streams kept": "plain grpcio, persistent streams",
+    "plain grpcio echo, no batching, a call per request": "plain grpcio, a call per request",
+    "C++ gRPC echo: no batching, no Python": "C++ echo",
+    "mosec, over HTTP/1": "mosec",
+}
+
+
+def test_the_table_of_speeds_shows_what_was_measured() -> None:
+    runs = [
+        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["cells"].values()
+        for name in ("full", "former_polling")
+    ]
+    measured = [{cell["title"]: cell["median"].get("requests_per_s") for cell in run} for run in runs]
+    sizes = ("64 B", "110,592 B", "884,736 B")
+    shown = {name: figures for name, *figures in rows(section("Speed"))}
+    assert shown == {
+        name: [f"{run[f'{size}: {system}']:,.0f}" for run in measured for size in sizes]
+        for name, system in SPEED_ROWS.items()
+    }
