@@ -53,15 +53,7 @@ dist: wheels $(VENV)/installed-test
 proto: $(PROTO_VENV)/bin/python
 	$(PROTO_VENV)/bin/python scripts/generate_proto.py
 
-check-wheels: $(VENV)/installed-dist
-	$(BIN)/python scripts/build_wheels.py
-
-# What is uploaded; the tests of the changelog see to it that the version is in there.
-dist: wheels $(VENV)/installed-test
-	$(BIN)/pytest -q tests/test_readme.py -k changelog
-	$(BIN)/twine check --strict dist/*
-
-proto: $(PROTO_VENV)/bin/python
+check-proto: $(PROTO_VENV)/bin/python
 	$(PROTO_VENV)/bin/python scripts/generate_proto.py --check
 
 clean:

@@ -73,8 +73,10 @@ def build_wheel(python: str, machine: str, sdist: Path, work: Path) -> Path:
     run(sys.executable, "-m", "auditwheel", "show", wheel)
     asked = re.search(r"manylinux_2_(\d+)_", wheel.name)
     if asked is None or int(asked[1]) > NEWEST_GLIBC_MINOR:
-        sys.exit(f"{wheel.name} does not run on glibc 2.{NEWEST_GLIBC_MINOR}; its name has to say manylinux_2_N with "
-                 f"an N of {NEWEST_GLIBC_MINOR} or less")
+        sys.exit(
+            f"{wheel.name} does not run on glibc 2.{NEWEST_GLIBC_MINOR}; its name has to say manylinux_2_N with "
+            f"an N of {NEWEST_GLIBC_MINOR} or less"
+        )
     return Path(shutil.copy(wheel, DIST))
 
 
@@ -108,7 +110,7 @@ def check_sdist_builds_offline(python: str, sdist: Path, work: Path) -> None:
 
 def main() -> None:
     pythons = found_pythons(os.environ.get("WHEEL_PYTHONS", ""))
-    targets = (os.environ.get("WHEEL_TARGETS") or TARGETS
+    targets = os.environ.get("WHEEL_TARGETS") or TARGETS
     tests = os.environ.get("WHEEL_TESTS") or TESTS
     shutil.rmtree(DIST, ignore_errors=True)
     outcomes = []
