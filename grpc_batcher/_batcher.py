@@ -436,7 +436,7 @@ def _is_served(host: str) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         try:
-            probe.connect(host.removeprefix("unix:").removeprefix("//"))
+            probe.connect(host.removeprefix("unix:"))
         except BlockingIOError:  # it has more callers than it can take
             return True
         except OSError:  # nobody; or a process that was killed left the socket behind, which gRPC replaces

@@ -30,6 +30,12 @@ _MAX_RECONNECT_BACKOFF_MS = 1000
 _KEEPALIVE_INTERVAL_MS = 310_000
 _KEEPALIVE_TIMEOUT_MS = 20_000
 
+# With these the channel itself may choose between several servers.
+_BALANCING_OPTIONS = ("grpc.lb_policy_name", "grpc.service_config")
+
+# How often a request that its server did not take in is sent again. Of several servers more than one may be closing.
+_MOST_RESENDS, _MOST_RESENDS_BALANCED = 1, 3
+
 # A longer time limit is as good as this one: thirty years.
 _LONGEST_TIMEOUT_S = 1e9
 
@@ -38,10 +44,11 @@ class MukoeBatcherClient:
     """Sends requests to a batcher, and returns their answers.
 
     server_address: "host:port", or any target that gRPC resolves, such as "unix:/run/batcher.sock" or
-        "ipv4:10.0.0.1:50051,10.0.0.2:50051".
+        "ipv4:10.0.0.1:50051,10.0.0.2:50051" (the first that answers; for all of them see `options`).
     max_message_bytes: the largest answer to accept.
     credentials: such as grpc.ssl_channel_credentials gives, for TLS; None for plaintext.
-    options: further channel options of gRPC's, which override this library's own.
+    options: further channel options of gRPC's, which override this library's own. With ("grpc.lb_policy_name",
+        "round_robin"), or a service config that says so, new streams go to all the servers of the address in turn.
     interceptors: gRPC's client interceptors. They put this client in the public gear.
     metadata: pairs to send as each stream opens, for instance a token.
 
@@ -74,7 +81,9 @@ class MukoeBatcherClient:
         self._interceptors = tuple(interceptors)
         self._metadata = tuple(metadata)
         connect = partial(_connect, server_address, max_message_bytes, credentials, self._options, self._interceptors)
-        self._pool = StreamPool(connect, METHOD, self._metadata)
+        self._balanced = any(option[0] in _BALANCING_OPTIONS for option in self._options)
+        self._pool = StreamPool(connect, METHOD, self._metadata, balanced=self._balanced)
+        self._most_resends = _MOST_RESENDS_BALANCED if self._balanced else _MOST_RESENDS
         # For clients that are dropped without `close`. A process that exits needs no such farewell.
         weakref.finalize(self, self._pool.close).atexit = False
 
@@ -139,17 +148,17 @@ class MukoeBatcherClient:
     def __repr__(self) -> str:
         return f"MukoeBatcherClient({self._address!r})"
 
-    def _exchange(self, message: bytes, due_ns: int | None, *, again: bool = False) -> bytes:
-        loan = self._pool.borrow(due_ns, fresh=again)
+    def _exchange(self, message: bytes, due_ns: int | None, *, resends: int = 0) -> bytes:
+        loan = self._pool.borrow(due_ns, fresh=resends > 0)
         try:
             reply = loan.stream.exchange(message)
         except grpc.RpcError as error:
             code = error.code()
-            self._pool.discard(loan, server_lost=code is grpc.StatusCode.UNAVAILABLE)
+            self._pool.discard(loan, server_lost=self._is_server_lost(loan, error))
             if loan.timed_out:
                 raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer within timeout_s") from None
-            if not again and _was_not_taken_in(loan, error):
-                return self._exchange(message, due_ns, again=True)
+            if resends < self._most_resends and self._was_not_taken_in(loan, error):
+                return self._exchange(message, due_ns, resends=resends + 1)
             if code is grpc.StatusCode.CANCELLED and not self._pool.closed:
                 # Not by this end: a server that shuts down drops so the streams that it has not looked at yet.
                 code = grpc.StatusCode.UNAVAILABLE
@@ -162,6 +171,25 @@ class MukoeBatcherClient:
             raise RequestError(grpc.StatusCode.UNAVAILABLE, "the server ended the stream without an answer")
         self._pool.give_back(loan)
         return reply
+
+    def _is_server_lost(self, loan: Loan, error: Any) -> bool:
+        """Whether the channel is of no more use.
+
+        One that has several servers goes on with the others, unless it could reach none of them.
+        """
+        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+            return False
+        return not self._balanced or (loan.requests == 1 and _taken_in(error) is None)
+
+    def _was_not_taken_in(self, loan: Loan, error: Any) -> bool:
+        """Whether the server itself said that this stream's last request, sent as the stream ended, never came in.
+
+        Only then can it be sent again without a doubt: a connection that broke says nothing about what was done before.
+        A stream's first request is not sent again to a lone server: what refused it would refuse it once more.
+        """
+        if error.code() is not grpc.StatusCode.UNAVAILABLE or (loan.requests < 2 and not self._balanced):
+            return False
+        return _taken_in(error) == str(loan.requests - 1)
 
 
 def _gear(interceptors: Sequence[grpc.StreamStreamClientInterceptor]) -> str:
@@ -213,13 +241,6 @@ def _unpickle(address: str, options: dict[str, Any]) -> MukoeBatcherClient:
     return MukoeBatcherClient(address, **options)
 
 
-def _was_not_taken_in(loan: Loan, error: Any) -> bool:
-    """Whether the server itself said that this stream's last request, sent as the stream ended, never came in.
-
-    Only then can it be sent again without a doubt: a connection that broke says nothing about what was done before.
-    A stream's first request is not sent again: what refused it would refuse it once more.
-    """
-    if error.code() is not grpc.StatusCode.UNAVAILABLE or loan.requests < 2:
-        return False
-    taken_in = dict(error.trailing_metadata() or ()).get(TAKEN_IN_KEY)
-    return taken_in == str(loan.requests - 1)
+def _taken_in(error: Any) -> str | None:
+    """How many of a stream's requests its server says it took in."""
+    return dict(error.trailing_metadata() or ()).get(TAKEN_IN_KEY)

@@ -18,6 +18,11 @@ from ._gears import ClientStream, open_stream
 # A stream that nobody borrowed for so long is closed.
 IDLE_NS = 60 * 1_000_000_000
 
+# With several servers a stream is replaced at such an age, so that one that came up gets its share. The first streams
+# all go to the server that answers first; theirs, at the least, is the age that their channel had.
+LEAST_RENEWAL_NS = 1_000_000_000
+MOST_RENEWAL_NS = 60 * 1_000_000_000
+
 _NEVER = 2**63 - 1
 
 # What a fork left to the child of its parent's connections. To close them would write to the parent's sockets.
@@ -29,6 +34,7 @@ class _Link:
 
     def __init__(self, channel: grpc.Channel) -> None:
         self.channel = channel
+        self.since_ns = time.monotonic_ns()
         self.streams = 0
         self.is_current = True
 
@@ -45,6 +51,7 @@ class Loan:
         self.stream = stream
         self.timed_out = False
         self.requests = 0
+        self.renewal_ns = _NEVER  # when it is too old for another request
         self.due_ns = _NEVER  # when the request's time is over; of an idle stream, when it is to be closed
 
 
@@ -52,12 +59,21 @@ class StreamPool:
     """Lends streams to a server.
 
     connect: makes a channel; called as late as possible, and again after the server was lost.
+    balanced: the channel spreads streams over several servers.
     """
 
-    def __init__(self, connect: Callable[[], grpc.Channel], method: str, metadata: Sequence[tuple[str, Any]]) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], grpc.Channel],
+        method: str,
+        metadata: Sequence[tuple[str, Any]],
+        *,
+        balanced: bool = False,
+    ) -> None:
         self._connect = connect
         self._method = method
         self._metadata = metadata
+        self._balanced = balanced
         self._reset()
         _forks.register(self)
 
@@ -88,7 +104,7 @@ class StreamPool:
             loan = None
             while self._idle and loan is None and not fresh:
                 loan = self._idle.pop()
-                if not loan.stream.is_alive():
+                if not loan.stream.is_alive() or (self._balanced and loan.renewal_ns <= time.monotonic_ns()):
                     dead.append(loan)
                     loan = None
             if loan is None:
@@ -161,6 +177,9 @@ class StreamPool:
             self._link = _Link(self._connect())
         loan = Loan(self._link, open_stream(self._link.channel, self._method, self._metadata))
         self._link.streams += 1
+        if self._balanced:
+            now_ns = time.monotonic_ns()
+            loan.renewal_ns = now_ns + min(max(now_ns - self._link.since_ns, LEAST_RENEWAL_NS), MOST_RENEWAL_NS)
         return loan
 
     def _drop(self, loan: Loan) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import hypothesis
 import pytest
@@ -32,3 +34,47 @@ def core_command() -> Callable[[str], list[str]]:
     For what could crash or hang the process that runs the tests.
     """
     return lambda script: [sys.executable, "-X", "faulthandler", "-c", _CORE_SCRIPT_HEAD + script]
+
+
+class Pair(NamedTuple):
+    """A private key and its certificate, as PEM."""
+
+    key: bytes
+    certificate: bytes
+
+
+class Certificates(NamedTuple):
+    """What one certificate authority issued. `server` is for 127.0.0.1 and localhost.
+
+    folder: has the same in files: authority.pem, client.key and client.pem.
+    """
+
+    authority: bytes
+    server: Pair
+    client: Pair
+    folder: Path
+
+
+def _issue(folder: Path) -> Certificates:
+    trustme = pytest.importorskip("trustme")
+    authority = trustme.CA()
+    pairs = []
+    for names in (("127.0.0.1", "localhost"), ("actor-1.example",)):
+        certificate = authority.issue_cert(*names)
+        pairs.append(Pair(certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes()))
+    certificates = Certificates(authority.cert_pem.bytes(), *pairs, folder)
+    (folder / "authority.pem").write_bytes(certificates.authority)
+    (folder / "client.key").write_bytes(certificates.client.key)
+    (folder / "client.pem").write_bytes(certificates.client.certificate)
+    return certificates
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return _issue(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="session")
+def strange_certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Those of another authority."""
+    return _issue(tmp_path_factory.mktemp("strange_certificates"))

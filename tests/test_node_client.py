@@ -9,7 +9,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from conftest import Certificates
 from serving import PROGRAM_LIMIT_S, address_of, echo, serving
 
 NODE_CLIENT = Path(__file__).resolve().parent / "node"
@@ -34,13 +36,21 @@ def node_client(tmp_path: Path) -> Path:
 
 
 @pytest.mark.timeout(3 * PROGRAM_LIMIT_S)  # the packages may have to come over a slow network first
-def test_a_node_client_gets_its_answers_from_both_kinds_of_batcher(node_client: Path) -> None:
+@pytest.mark.parametrize("secured_by", ["nothing", "mutual TLS"])
+def test_a_node_client_gets_its_answers_from_both_kinds_of_batcher(
+    secured_by: str, node_client: Path, certificates: Certificates
+) -> None:
+    folder, options = [], {}
+    if secured_by == "mutual TLS":
+        folder = [str(certificates.folder)]
+        options["credentials"] = grpc.ssl_server_credentials([certificates.server], certificates.authority, True)
+
     def hash_large(requests: list[bytes]) -> Any:
         return [({"result": hashlib.sha256(data).digest() if len(data) > 1000 else data}, 7) for data in requests]
 
-    with serving(hash_large) as repr_batcher, serving(echo, model="dyna") as dyna_batcher:
+    with serving(hash_large, **options) as repr_batcher, serving(echo, model="dyna", **options) as dyna_batcher:
         program = subprocess.run(
-            ["node", str(node_client), str(PROTO), address_of(repr_batcher), address_of(dyna_batcher)],
+            ["node", str(node_client), str(PROTO), address_of(repr_batcher), address_of(dyna_batcher), *folder],
             capture_output=True,
             text=True,
             timeout=PROGRAM_LIMIT_S,

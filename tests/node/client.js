@@ -1,17 +1,26 @@
 // Calls a "repr" and a "dyna" batcher as anyone could who has the proto: node client.js PROTO REPR_ADDRESS DYNA_ADDRESS
+// A fourth argument is a folder with authority.pem, client.key and client.pem, for TLS with a certificate of its own.
 // Prints what came, a line of JSON for each stream: the answers, and the status that the stream ended with.
 'use strict';
 
+const fs = require('fs');
+const path = require('path');
 const grpc = require('@grpc/grpc-js');
 const protoLoader = require('@grpc/proto-loader');
 
-const [proto, reprAddress, dynaAddress] = process.argv.slice(2);
+const [proto, reprAddress, dynaAddress, folder] = process.argv.slice(2);
+const [authority, key, certificate] = ['authority.pem', 'client.key', 'client.pem'].map(
+  (name) => folder && fs.readFileSync(path.join(folder, name)),
+);
+const credentials = folder
+  ? grpc.credentials.createSsl(authority, key, certificate)
+  : grpc.credentials.createInsecure();
 const { mukoe_batcher: contract } = grpc.loadPackageDefinition(protoLoader.loadSync(proto, { keepCase: true, defaults: true }));
 
 // One stream: each request goes out once the last one's answer is in, then the stream is half-closed.
 function exchange(address, requests) {
   return new Promise((resolve) => {
-    const client = new contract.MukoeService(address, grpc.credentials.createInsecure());
+    const client = new contract.MukoeService(address, credentials);
     const call = client.ProcessRequest();
     const waiting = [...requests];
     const answers = [];

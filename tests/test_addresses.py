@@ -1,0 +1,300 @@
+"""Where a batcher listens and a client connects: unix sockets, several servers, and addresses that can not be had."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from serving import (
+    address_of,
+    answer,
+    error_of,
+    eventually,
+    in_background,
+    old_style_request,
+    serving,
+    start_program,
+)
+
+from grpc_batcher import BindError, MukoeBatcher, MukoeBatcherClient, _pool, create_batcher
+
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+
+REPR_HI = bytes.fromhex("0a040a026869")  # a "repr" request for b"hi", as it travels
+
+
+# ---- unix sockets ----
+
+
+@pytest.mark.parametrize("form", ["unix:{}", "unix://{}"])
+def test_a_batcher_serves_on_a_unix_socket_and_removes_it_in_the_end(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "batcher.sock"
+    address = form.format(path)
+    with serving(host=address, port=50051) as batcher, MukoeBatcherClient(address) as client:
+        assert client.send_request(b"x") == answer(b"x")
+        assert (batcher.address, batcher.port) == (address, 50051)
+        assert path.is_socket()
+    assert not path.exists()
+
+
+def test_a_batcher_serves_on_a_unix_socket_without_a_file() -> None:
+    address = f"unix-abstract:grpc_batcher-{os.getpid()}"
+    with serving(host=address), MukoeBatcherClient(address) as client:
+        assert client.send_request(b"x") == answer(b"x")
+        with pytest.raises(BindError, match=address), serving(host=address):
+            pass
+        assert client.send_request(b"y") == answer(b"y")
+
+
+@pytest.mark.parametrize("form", ["unix:{}", "unix://{}"])
+def test_two_batchers_never_share_a_unix_socket(form: str, tmp_path: Path) -> None:
+    address = form.format(tmp_path / "batcher.sock")
+    with serving(host=address):
+        with pytest.raises(BindError, match=f"can not listen on {address}: another server does"), serving(host=address):
+            pass
+        with MukoeBatcherClient(address) as client:
+            assert client.send_request(b"x") == answer(b"x")
+
+
+def test_a_unix_socket_that_a_killed_process_left_behind_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "batcher.sock"
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(str(path))
+    assert path.is_socket()
+    with serving(host=f"unix:{path}"), MukoeBatcherClient(f"unix:{path}") as client:
+        assert client.send_request(b"x") == answer(b"x")
+
+
+# ---- addresses that can not be had ----
+
+
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [
+        pytest.param("no-such-host.invalid", r":0: \w+", id="a name that does not resolve"),
+        pytest.param("not an address", r":0: \w+", id="no address"),
+        pytest.param("192.0.2.1", ":0: Cannot assign requested address", id="an address of another machine"),
+        pytest.param("unix:/no/such/folder/batcher.sock", "", id="a unix socket in no folder"),
+        pytest.param("unix:/tmp/" + "x" * 200, "", id="a unix socket with a long name"),
+        pytest.param(f"unix:{Path(__file__)}", "", id="a unix socket that is a file"),
+    ],
+)
+def test_an_address_that_can_not_be_had_is_a_bind_error_and_leaves_nothing_behind(host: str, why: str) -> None:
+    batcher = create_batcher("repr", 1, 0.0, 0, batch_process_fn=len, host=host)
+    threads = threading.active_count()
+    with pytest.raises(BindError, match=f"can not listen on {host}{why}"):
+        batcher.start()
+    assert not batcher.is_server_ready()
+    assert threading.active_count() == threads
+    batcher.shutdown()
+
+
+def test_a_port_in_use_is_a_bind_error_that_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(BindError, match=f"^can not listen on 127.0.0.1:{port}: Address already in use$"):
+            create_batcher("repr", 1, 0.0, port, batch_process_fn=len, host="127.0.0.1").start()
+
+
+@pytest.mark.parametrize("address", ["no-such-host.invalid:50051", "unix:/no/such/folder/batcher.sock", "127.0.0.1:1"])
+def test_a_client_of_an_address_without_a_server_raises_unavailable(address: str) -> None:
+    with MukoeBatcherClient(address) as client:
+        assert error_of(client.send_request, b"x").code() is UNAVAILABLE
+
+
+# ---- several servers ----
+
+ROUND_ROBIN = (("grpc.lb_policy_name", "round_robin"),)
+SERVICE_CONFIG = (("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),)
+
+
+def target(ports: list[int]) -> str:
+    return "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
+
+
+def answering_with(step: int) -> Callable[[list[bytes]], list[tuple[dict[str, bytes], int]]]:
+    """A callback that tells by the step which server it is."""
+    return lambda requests: [answer(data, step) for data in requests]
+
+
+@contextlib.contextmanager
+def three_servers() -> Iterator[list[MukoeBatcher]]:
+    """They answer with the steps 0, 1 and 2."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(serving(answering_with(step))) for step in range(3)]
+
+
+def client_of(batchers: list[MukoeBatcher], options: tuple[tuple[str, str], ...] = ROUND_ROBIN) -> MukoeBatcherClient:
+    return MukoeBatcherClient(target([batcher.port for batcher in batchers]), options=options)
+
+
+def streams_of(batchers: list[MukoeBatcher]) -> list[int]:
+    return [batcher.metrics().open_streams for batcher in batchers]
+
+
+@contextlib.contextmanager
+def callers(client: MukoeBatcherClient, count: int) -> Iterator[Callable[[], list[Any]]]:
+    """Threads that each send a request whenever this function is called: it returns the steps they got, or errors."""
+    begin, results = threading.Barrier(count + 1), [None] * count
+
+    def call(number: int) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            while True:
+                begin.wait()
+                try:
+                    results[number] = client.send_request(b"x")[1]
+                except grpc.RpcError as error:
+                    results[number] = error
+                begin.wait()
+
+    def send() -> list[Any]:
+        begin.wait()
+        begin.wait()
+        return list(results)
+
+    threads = [in_background(call, number) for number in range(count)]
+    try:
+        yield send
+    finally:
+        begin.abort()
+        for thread in threads:
+            thread.result()
+
+
+def renew_streams(client: MukoeBatcherClient) -> None:
+    """Have the next requests open streams anew, as they do by themselves in time."""
+    for loan in client._pool._idle:
+        loan.renewal_ns = 0
+
+
+def spread(client: MukoeBatcherClient, send: Callable[[], list[Any]]) -> list[int]:
+    """Renew the streams until each server has some; return the steps that came last."""
+    while set(steps := send()) != {0, 1, 2}:
+        assert set(steps) < {0, 1, 2}
+        renew_streams(client)
+    return steps
+
+
+@pytest.fixture
+def _long_lived_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_pool, "LEAST_RENEWAL_NS", 10**15)
+    monkeypatch.setattr(_pool, "MOST_RENEWAL_NS", 10**15)
+
+
+@pytest.mark.parametrize("options", [ROUND_ROBIN, SERVICE_CONFIG])
+def test_streams_spread_over_all_servers_though_the_first_ones_open_before_all_are_connected(
+    options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_pool, "LEAST_RENEWAL_NS", 1_000_000)
+    with three_servers() as batchers, client_of(batchers, options) as client, callers(client, 6) as send:
+        eventually(lambda: set(send()) == {0, 1, 2})
+
+
+def test_without_a_policy_all_streams_go_to_one_server() -> None:
+    with three_servers() as batchers, client_of(batchers, ()) as client, callers(client, 6) as send:
+        assert len({step for _ in range(10) for step in send()}) == 1
+
+
+def test_a_stream_to_a_lone_server_is_not_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_pool, "LEAST_RENEWAL_NS", 0)
+    monkeypatch.setattr(_pool, "MOST_RENEWAL_NS", 0)
+    with serving() as batcher, MukoeBatcherClient(f"127.0.0.1:{batcher.port}") as client:
+        client.send_request(b"x")
+        sessions = set(batcher._service._sessions)
+        for _ in range(10):
+            client.send_request(b"x")
+            assert batcher._service._sessions == sessions
+
+
+def test_a_server_that_comes_back_gets_its_share_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_pool, "LEAST_RENEWAL_NS", 1_000_000)
+    monkeypatch.setattr(_pool, "MOST_RENEWAL_NS", 1_000_000)
+    with three_servers() as batchers, client_of(batchers) as client, callers(client, 6) as send:
+        eventually(lambda: set(send()) == {0, 1, 2})
+        batchers[0].shutdown()
+        eventually(lambda: set(send()) == {1, 2})
+        with serving(answering_with(0), port=batchers[0].port):
+            eventually(lambda: set(send()) == {0, 1, 2})
+
+
+SERVER_PROGRAM = """
+    import sys
+
+    from grpc_batcher import create_batcher
+
+    with create_batcher("repr", 8, 0, port=0, batch_process_fn=lambda batch: [({}, 2)] * len(batch)) as batcher:
+        print(batcher.port, flush=True)
+        sys.stdin.readline()
+"""
+
+
+@pytest.mark.usefixtures("_long_lived_streams")
+@pytest.mark.parametrize("end", ["killed", "shut down"])
+def test_a_server_that_ends_costs_one_error_a_stream_of_its_own_at_most_and_the_other_streams_nothing(
+    end: str, tmp_path: Path
+) -> None:
+    with (
+        serving(answering_with(0)) as first,
+        serving(answering_with(1)) as second,
+        start_program(tmp_path, SERVER_PROGRAM) as program,
+        MukoeBatcherClient(target([first.port, second.port, int(program.read_line())]), options=ROUND_ROBIN) as client,
+        callers(client, 9) as send,
+    ):
+        steps = spread(client, send)
+        sessions = {*first._service._sessions, *second._service._sessions}
+        if end == "killed":
+            program.kill()
+        else:
+            program.type_line("end")
+        program.wait()
+        results = [result for _ in range(20) for result in send()]
+        errors = [result for result in results if isinstance(result, grpc.RpcError)]
+        assert {error.code() for error in errors} <= {UNAVAILABLE}
+        assert len(errors) <= steps.count(2)
+        assert set(results) - set(errors) == {0, 1}
+        assert sessions <= {*first._service._sessions, *second._service._sessions}
+
+
+@pytest.mark.usefixtures("_long_lived_streams")
+def test_while_two_servers_drain_the_third_answers_in_their_place() -> None:
+    gate = threading.Event()
+    gate.set()
+    held_batches: list[int] = []
+
+    def answering_through_the_gate(step: int) -> Callable[[list[bytes]], Any]:
+        def answer_once_it_is_open(requests: list[bytes]) -> Any:
+            if not gate.is_set():
+                held_batches.append(step)
+            gate.wait()
+            return answering_with(step)(requests)
+
+        return answer_once_it_is_open
+
+    with (
+        serving(answering_through_the_gate(0)) as first,
+        serving(answering_through_the_gate(1)) as second,
+        serving(answering_with(2)) as third,
+        client_of([first, second, third]) as client,
+        callers(client, 9) as send,
+    ):
+        spread(client, send)
+        gate.clear()
+        requests = [in_background(old_style_request, address_of(batcher), REPR_HI) for batcher in (first, second)]
+        eventually(lambda: sorted(held_batches) == [0, 1])
+        shutdowns = [in_background(batcher.shutdown, grace_s=60) for batcher in (first, second)]
+        eventually(lambda: not first.is_server_ready() and not second.is_server_ready())
+        for _ in range(30):
+            assert client.send_request(b"x")[1] == 2
+            renew_streams(client)
+        gate.set()
+        for request in requests:
+            assert len(request.result().messages) == 1
+        for shutdown in shutdowns:
+            shutdown.result()

@@ -1,0 +1,234 @@
+"""Who is served: TLS, certificates of the callers' own, and tokens. And what is said to who starts a server without."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from conftest import Certificates, Pair
+from serving import PROGRAM_LIMIT_S, Held, address_of, answer, connect, echo, error_of, run_program, serving
+
+from grpc_batcher import MukoeBatcher, MukoeBatcherClient, create_batcher
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+UNAVAILABLE, UNAUTHENTICATED = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNAUTHENTICATED
+
+
+def tls(certificates: Certificates) -> grpc.ServerCredentials:
+    return grpc.ssl_server_credentials([certificates.server])
+
+
+def mutual_tls(certificates: Certificates) -> grpc.ServerCredentials:
+    return grpc.ssl_server_credentials([certificates.server], certificates.authority, require_client_auth=True)
+
+
+def trusting(certificates: Certificates, own: Pair | None = None) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(certificates.authority, *(own or ()))
+
+
+def refused(client: MukoeBatcherClient, code: grpc.StatusCode) -> None:
+    """The client's requests fail so, each time."""
+    with client:
+        for _ in range(2):
+            assert error_of(client.send_request, b"from the wrong one").code() is code
+
+
+# ---- TLS ----
+
+
+def test_a_client_that_trusts_the_servers_authority_is_answered(certificates: Certificates) -> None:
+    with (
+        serving(credentials=tls(certificates)) as batcher,
+        connect(batcher, credentials=trusting(certificates)) as client,
+    ):
+        assert client.send_request(b"x") == answer(b"x")
+        assert client.send_request(b"y" * 1_000_000) == answer(b"y" * 1_000_000)
+
+
+def test_a_client_in_plaintext_or_of_another_authority_gets_unavailable_and_its_request_goes_nowhere(
+    certificates: Certificates, strange_certificates: Certificates
+) -> None:
+    with (
+        Held() as held,
+        serving(held, credentials=tls(certificates)) as batcher,
+        connect(batcher, credentials=trusting(certificates)) as right,
+    ):
+        held.release(1)
+        refused(connect(batcher), UNAVAILABLE)
+        refused(connect(batcher, credentials=trusting(strange_certificates)), UNAVAILABLE)
+        assert right.send_request(b"x") == answer(b"x")
+        assert held.batches == [[b"x"]]
+
+
+def test_a_client_that_wants_tls_gets_unavailable_from_a_server_in_plaintext(certificates: Certificates) -> None:
+    with serving() as batcher:
+        refused(connect(batcher, credentials=trusting(certificates)), UNAVAILABLE)
+        assert batcher.metrics().batched_requests == 0
+
+
+def test_a_client_refuses_a_server_whose_certificate_is_for_another_name(certificates: Certificates) -> None:
+    with serving(credentials=tls(certificates), host="127.0.0.1") as batcher:
+        wrong_name = (("grpc.ssl_target_name_override", "elsewhere.example"),)
+        refused(connect(batcher, credentials=trusting(certificates), options=wrong_name), UNAVAILABLE)
+        assert batcher.metrics().batched_requests == 0
+
+
+# ---- certificates of the callers' own ----
+
+
+def test_only_clients_with_a_certificate_of_the_servers_authority_are_answered(
+    certificates: Certificates, strange_certificates: Certificates
+) -> None:
+    with (
+        Held() as held,
+        serving(held, credentials=mutual_tls(certificates)) as batcher,
+        connect(batcher, credentials=trusting(certificates, certificates.client)) as right,
+    ):
+        held.release(2)
+        assert right.send_request(b"x") == answer(b"x")
+        refused(connect(batcher, credentials=trusting(certificates)), UNAVAILABLE)
+        refused(connect(batcher, credentials=trusting(certificates, strange_certificates.client)), UNAVAILABLE)
+        assert right.send_request(b"y") == answer(b"y")
+        assert held.batches == [[b"x"], [b"y"]]
+
+
+@pytest.mark.parametrize(("option", "version"), [("-tls1_3", "TLSv1.3"), ("-tls1_2", "TLSv1.2")])
+def test_tls_1_3_and_1_2_are_spoken_with_http_2_on_top(option: str, version: str, certificates: Certificates) -> None:
+    with serving(credentials=mutual_tls(certificates)) as batcher:
+        said = openssl_says(batcher, certificates, option)
+    assert f"New, {version}, Cipher is " in said, said
+    assert "ALPN protocol: h2\n" in said
+    assert "Verify return code: 0 (ok)" in said
+
+
+def test_tls_1_1_is_not_spoken(certificates: Certificates) -> None:
+    with serving(credentials=mutual_tls(certificates)) as batcher:
+        said = openssl_says(batcher, certificates, "-tls1_1", "-cipher", "ALL:@SECLEVEL=0")
+    assert "New, (NONE), Cipher is (NONE)" in said, said
+
+
+def openssl_says(batcher: MukoeBatcher, certificates: Certificates, *options: str) -> str:
+    """What `openssl s_client` tells of a connection to a batcher."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed here")
+    files = {
+        "-CAfile": "authority.pem",
+        "-cert": "client.pem",
+        "-key": "client.key",
+    }
+    command = ["openssl", "s_client", "-connect", address_of(batcher), "-alpn", "h2", *options]
+    for option, name in files.items():
+        command += [option, str(certificates.folder / name)]
+    said = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROGRAM_LIMIT_S, check=False)
+    return (said.stdout + said.stderr).decode(errors="replace")  # what the server sends is among it
+
+
+# ---- tokens ----
+
+
+class TokenCheck(grpc.ServerInterceptor):  # type: ignore[misc]
+    def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
+        if ("authorization", "Bearer right") in details.invocation_metadata:
+            return continuation(details)
+        return grpc.stream_stream_rpc_method_handler(self._refuse)
+
+    @staticmethod
+    def _refuse(_messages: object, context: grpc.ServicerContext) -> None:
+        context.abort(UNAUTHENTICATED, "no token, or a wrong one")
+
+
+@pytest.mark.parametrize("metadata", [(), (("authorization", "Bearer wrong"),), (("token", "Bearer right"),)])
+def test_a_client_without_the_token_gets_unauthenticated_and_its_request_goes_nowhere(metadata: Any) -> None:
+    with (
+        Held() as held,
+        serving(held, interceptors=[TokenCheck()]) as batcher,
+        connect(batcher, metadata=(("authorization", "Bearer right"),)) as right,
+    ):
+        held.release(2)
+        assert right.send_request(b"x") == answer(b"x")
+        refused(connect(batcher, metadata=metadata), UNAUTHENTICATED)
+        assert right.send_request(b"y") == answer(b"y")
+        assert held.batches == [[b"x"], [b"y"]]
+
+
+# ---- certificates that are none ----
+
+
+def bad_credentials(which: str, certificates: Certificates) -> grpc.ServerCredentials:
+    key, certificate = certificates.server
+    if which == "the certificate is no PEM":
+        return grpc.ssl_server_credentials([(key, b"no certificate")])
+    if which == "the key is no PEM":
+        return grpc.ssl_server_credentials([(b"no key", certificate)])
+    if which == "the key is another's":
+        return grpc.ssl_server_credentials([(certificates.client.key, certificate)])
+    return grpc.ssl_server_credentials([(key, certificate)], b"no certificates", require_client_auth=True)
+
+
+@pytest.mark.parametrize(
+    "which",
+    ["the certificate is no PEM", "the key is no PEM", "the key is another's", "the root certificates are no PEM"],
+)
+def test_credentials_that_are_none_are_a_value_error_of_start_which_leaves_nothing_behind(
+    which: str, certificates: Certificates
+) -> None:
+    batcher = create_batcher(
+        "repr",
+        1,
+        0.0,
+        0,
+        batch_process_fn=echo,
+        host="127.0.0.1",
+        credentials=bad_credentials(which, certificates),
+    )
+    threads = threading.active_count()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^credentials is <grpc.*the certificate, the key or the root"):
+            batcher.start()
+    assert not batcher.is_server_ready()
+    assert threading.active_count() == threads
+    batcher.shutdown()
+
+
+def test_with_good_credentials_a_port_in_use_is_a_bind_error(certificates: Certificates) -> None:
+    with serving() as other, pytest.raises(OSError, match=r"can not listen on .*: Address already in use"):
+        create_batcher(
+            "repr", 1, 0.0, other.port, batch_process_fn=echo, host="127.0.0.1", credentials=tls(certificates)
+        ).start()
+
+
+# ---- plaintext ----
+
+
+@pytest.mark.parametrize(
+    ("host", "is_secured", "warnings"),
+    [("0.0.0.0", False, 1), ("0.0.0.0", True, 0), ("127.0.0.1", False, 0), ("localhost", False, 0)],
+)
+def test_one_warning_is_logged_at_start_where_others_can_reach_a_batcher_in_plaintext(
+    host: str, is_secured: bool, warnings: int, certificates: Certificates, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), serving(host=host, credentials=tls(certificates) if is_secured else None):
+        pass
+    messages = [record.getMessage() for record in caplog.records if record.name == "grpc_batcher"]
+    assert len(messages) == warnings
+    assert all("in plaintext, to whoever can reach it" in message for message in messages)
+
+
+# ---- the examples ----
+
+
+@pytest.mark.parametrize("name", ["tls.py", "mutual_tls.py", "token_check.py"])
+def test_the_examples_of_security_run_and_print_what_they_say(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("trustme")
+    text = (EXAMPLES / name).read_text()
+    expected = re.findall(r"^ *print\(.*\)  # (.*)$", text, re.MULTILINE)
+    assert run_program(tmp_path, text) == expected
+    assert len(expected) == 2

@@ -1,0 +1,167 @@
+"""A process that serves until it is told to stop: signals, grace, exit status, and what it writes."""
+
+from __future__ import annotations
+
+import ast
+import signal
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from serving import (
+    address_of,
+    answer,
+    connect,
+    echo,
+    error_of,
+    eventually,
+    finish_program,
+    in_background,
+    serving,
+    start_program,
+)
+
+import grpc_batcher
+from grpc_batcher import BindError, MukoeBatcherClient, create_batcher
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+
+
+def handlers() -> list[Any]:
+    return [signal.getsignal(number) for number in SIGNALS]
+
+
+# The callback prints what it holds, and answers when a line comes in.
+PROGRAM = """
+    import signal
+    import sys
+
+    from grpc_batcher import create_batcher
+
+    def answer_on_a_line(batch):
+        print("holds", batch, flush=True)
+        sys.stdin.readline()
+        return [({"result": data}, 0) for data in batch]
+
+    def own_handler(*_):
+        pass
+
+    signal.signal(signal.SIGTERM, own_handler)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    batcher = create_batcher("repr", 1, 0, port=0, host="127.0.0.1", batch_process_fn=answer_on_a_line)
+    if "start" in sys.argv:
+        batcher.start()
+    def say_port():
+        batcher.wait_until_ready()
+        print(batcher.port, flush=True)
+    import threading
+    threading.Thread(target=say_port).start()
+    batcher.serve_forever(grace_s=1000)
+    is_restored = signal.getsignal(signal.SIGTERM) is own_handler and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    print("over", batcher.is_server_ready(), is_restored, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("started", ["started before", "not started before"])
+def test_on_a_signal_it_answers_what_it_took_in_and_returns(number: int, started: str, tmp_path: Path) -> None:
+    arguments = ("start",) if started == "started before" else ()
+    with (
+        start_program(tmp_path, PROGRAM, *arguments) as program,
+        MukoeBatcherClient(f"127.0.0.1:{program.read_line()}") as client,
+        MukoeBatcherClient(client._address) as late,
+    ):
+        request = in_background(client.send_request, b"taken in")
+        assert program.read_line() == "holds [b'taken in']"
+        program.send_signal(number)
+        eventually(lambda: is_refused(late))
+        assert not request.done()
+        status, output, errors = finish_program(program, "answer\n")
+        assert request.result() == answer(b"taken in")
+        assert (status, output, errors) == (0, "over False True\n", "")
+
+
+def is_refused(client: MukoeBatcherClient) -> bool:
+    """Whether the server takes no more requests. One that it still takes waits for a batch, and is then given up."""
+    error = error_of(client.send_request, b"too late?", timeout_s=0.2)
+    return error.code() is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("first", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("second", SIGNALS, ids=lambda number: number.name)
+def test_a_second_signal_ends_the_process_though_the_callback_is_stuck(first: int, second: int, tmp_path: Path) -> None:
+    with (
+        start_program(tmp_path, PROGRAM) as program,
+        MukoeBatcherClient(f"127.0.0.1:{program.read_line()}") as client,
+        MukoeBatcherClient(client._address) as late,
+    ):
+        request = in_background(client.send_request, b"never answered")
+        program.read_line()
+        program.send_signal(first)
+        eventually(lambda: is_refused(late))
+        program.send_signal(second)
+        status, output, errors = finish_program(program)
+        assert (status, output, errors) == (128 + second, "", "")
+        assert error_of(request.result).code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_it_returns_when_another_thread_has_shut_the_batcher_down() -> None:
+    before = handlers()
+    batcher = create_batcher("repr", 1, 0.0, 0, batch_process_fn=echo, host="127.0.0.1")
+
+    def use_and_shut_down() -> None:
+        batcher.wait_until_ready()
+        with connect(batcher) as client:
+            assert client.send_request(b"x") == answer(b"x")
+        batcher.shutdown()
+
+    other = in_background(use_and_shut_down)
+    batcher.serve_forever()
+    other.result()
+    assert not batcher.is_server_ready()
+    assert handlers() == before
+
+
+def test_it_raises_in_a_thread_that_is_not_the_main_one_and_the_batcher_is_as_before() -> None:
+    with serving() as batcher, connect(batcher) as client:
+        with pytest.raises(RuntimeError, match="call it in the main thread"):
+            in_background(batcher.serve_forever).result()
+        assert client.send_request(b"x") == answer(b"x")
+
+
+def test_an_address_that_can_not_be_had_is_raised_and_the_signals_are_handled_as_before() -> None:
+    before = handlers()
+    with serving() as other:
+        batcher = create_batcher("repr", 1, 0.0, other.port, batch_process_fn=echo, host="127.0.0.1")
+        with pytest.raises(BindError, match=address_of(other)):
+            batcher.serve_forever()
+    assert handlers() == before
+
+
+def test_a_batcher_that_was_shut_down_does_not_serve_again() -> None:
+    before = handlers()
+    with serving() as batcher:
+        batcher.shutdown()
+        with pytest.raises(RuntimeError, match="was shut down"):
+            batcher.serve_forever()
+    assert handlers() == before
+
+
+@pytest.mark.parametrize("grace_s", [-1, float("inf"), "1", None])
+def test_a_bad_grace_is_refused_before_anything_is_started(grace_s: Any) -> None:
+    batcher = create_batcher("repr", 1, 0.0, 0, batch_process_fn=echo, host="127.0.0.1")
+    with pytest.raises(ValueError, match=r"^grace_s is "):
+        batcher.serve_forever(grace_s)
+    assert not batcher.is_server_ready()
+
+
+def test_nothing_is_printed_but_the_summary_and_there_is_one_logger() -> None:
+    calls = []
+    for file in sorted(Path(grpc_batcher.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "logging.getLogger"):
+                calls.append((file.name, ast.unparse(node)))
+    printing = [call for call in calls if "print" in call[1]]
+    assert printing == [("_batcher.py", "print(summary(self.metrics(), timed=self._recorder.timed))")]
+    assert {text for _, text in calls if text not in printing[0]} == {"logging.getLogger('grpc_batcher')"}
