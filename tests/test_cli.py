@@ -190,6 +190,15 @@ def test_without_a_command_it_shows_the_commands_and_ends_with_2(folder: Path) -
     assert all(f"\n  {name} " in errors for name in COMMANDS)
 
 
+def test_the_command_lines_in_the_readme_have_only_options_that_there_are() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    lines = re.findall(r"^grpc-batcher (\w+) ([^#\n]*)", text, re.MULTILINE)
+    assert {name for name, _ in lines} == set(COMMANDS)
+    for name, arguments in lines:
+        context = COMMANDS[name].make_context(name, arguments.split())
+        assert context.params
+
+
 def test_the_installed_command_runs_the_same() -> None:
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     (module, function) = re.findall(r'^grpc-batcher = "([\w.]+):(\w+)"$', text, re.MULTILINE)[0]
