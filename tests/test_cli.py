@@ -95,10 +95,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(folder: Path, *arguments: str, environment: dict[str, str] | None = None, **options: Any) -> Program:
+def start(
+    folder: Path,
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    command: tuple[str, ...] = (sys.executable, "-m", "grpc_batcher"),
+    **options: Any,
+) -> Program:
     """Start the command line in a folder."""
     return Program(
-        [sys.executable, "-m", "grpc_batcher", *arguments],
+        [*command, *arguments],
         **{
             "cwd": folder,
             "env": {**os.environ, "PYTHONFAULTHANDLER": "1", **(environment or {})},
@@ -199,11 +205,25 @@ def test_the_command_lines_in_the_readme_have_only_options_that_there_are() -> N
         assert context.params
 
 
-def test_the_installed_command_runs_the_same() -> None:
+def test_the_installed_command_does_the_same_and_finds_functions_in_the_current_folder(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
-    (module, function) = re.findall(r'^grpc-batcher = "([\w.]+):(\w+)"$', text, re.MULTILINE)[0]
-    assert (module, function) == ("grpc_batcher.__main__", "main")
-    assert callable(getattr(importlib.import_module(module), function))
+    ((module, function),) = re.findall(r'^grpc-batcher = "([\w.]+):(\w+)"$', text, re.MULTILINE)
+    script = tmp_path_factory.mktemp("bin") / "grpc-batcher"  # as pip makes it
+    script.write_text(
+        f"import sys\nfrom {module} import {function}\nif __name__ == '__main__':\n    sys.exit({function}())"
+    )
+    with start(folder, "serve", *REPR, command=(sys.executable, str(script))) as server:
+        address = server.read_line().rpartition(" ")[2]
+        with start(
+            folder, "bench", address, "--callers", "1", *QUICK, command=(sys.executable, str(script))
+        ) as program:
+            status, output, errors = finish_program(program)
+        server.send_signal(signal.SIGTERM)
+        assert finish_program(server)[0] == 0
+    assert (status, errors) == (0, "")
+    assert "Knee: 1 caller (" in output
 
 
 def test_the_version_is_no_setting_that_the_environment_could_hold(folder: Path) -> None:
@@ -461,7 +481,9 @@ def test_what_has_no_answer_when_the_grace_is_over_gets_unavailable_and_the_stat
             error = request.exception()
         assert isinstance(error, grpc.RpcError)
         assert error.code() is grpc.StatusCode.UNAVAILABLE
-        assert finish_program(program)[0] == 0
+        status, _, errors = finish_program(program)
+    assert status == 0
+    assert "grace of 0.1 s: 1 requests are left without an answer" in errors
 
 
 def test_prometheus_finds_the_counts_and_the_processs_own(folder: Path) -> None:
