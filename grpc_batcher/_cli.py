@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -17,14 +18,28 @@ from ._cli_serve import serve
 from ._version import __version__
 
 _NAME = "grpc-batcher"
-_INTERRUPTED = 130  # what shells say of a program that SIGINT ended
 
 _COMMANDS = (serve, bench, check)
+
+
+class _Interrupted(click.ClickException):
+    """Ctrl-C, where no command makes use of it."""
+
+    exit_code = 130  # what shells say of a program that SIGINT ended
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # of which click would make an empty line on stderr
+            raise _Interrupted("interrupted") from None
 
 
 # --version is no setting: a container may have GRPC_BATCHER_VERSION for a purpose of its own.
 @click.group(
     _NAME,
+    cls=_Group,
     commands=_COMMANDS,
     context_settings={"max_content_width": 120, "show_default": True, "auto_envvar_prefix": "GRPC_BATCHER"},
 )
@@ -52,10 +67,7 @@ def run(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         _say(context.command_path if context else _command_path(arguments), error.format_message())
-        return 2
-    except click.Abort:
-        _say(_command_path(arguments), "interrupted")
-        return _INTERRUPTED
+        return error.exit_code
 
 
 def _command_path(arguments: Sequence[str]) -> str:

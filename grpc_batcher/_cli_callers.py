@@ -73,13 +73,18 @@ class Callers:
         context = multiprocessing.get_context("spawn")  # gRPC does not work in forked children
         self._pipes: list[Connection] = []
         self._processes = []
-        for _ in range(processes):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_answer_orders, args=(question, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        # They ignore SIGINT from their first moment: a terminal sends it to all, and this process ends them.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            for _ in range(processes):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_answer_orders, args=(question, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                self._pipes.append(ours)
+                self._processes.append(process)
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
     def wait_until_ready(self) -> None:
         for pipe in self._pipes:
@@ -151,7 +156,6 @@ def _receive(pipe: Connection) -> int | Asked:
 
 def _answer_orders(question: Question, pipe: Connection) -> None:
     """What a process of callers does, until the other end of its pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent ends this one
     with question.connect() as client:
         send = partial(client.send_request, action=question.action, timeout_s=question.timeout_s)
         try:

@@ -182,9 +182,13 @@ def _serve_metrics(batcher: MukoeBatcher, host: str, port: int) -> str:
 
 def _check_can_listen(batcher: MukoeBatcher) -> None:
     """Raise Failure if the address can not be had. `start` would say so, too, but gRPC adds lines of its own."""
-    host, _, port = batcher.address.rpartition(":")
+    if batcher.address.startswith("unix:"):
+        socket_folder = Path(batcher.address.removeprefix("unix:").removeprefix("//")).parent
+        if not os.access(socket_folder, os.W_OK):
+            raise Failure(f"can not listen on {batcher.address}: there is no folder {socket_folder} to write to")
     if batcher.address.startswith(("unix:", "unix-abstract:")):
         return
+    host, _, port = batcher.address.rpartition(":")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
