@@ -96,7 +96,11 @@ def test_a_reply_that_can_not_be_sent_does_not_stop_the_others() -> None:
             self.fails = fails
             self.delivered = False
 
-        def on_reply_due(self, ticket: Any) -> None:
+        @property
+        def transport(self) -> Owner:
+            return self
+
+        def send_reply(self, ticket: Any) -> None:
             if self.fails:
                 raise ValueError("broken")
             self.delivered = True

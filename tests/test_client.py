@@ -7,6 +7,7 @@ import pickle
 import queue
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -665,3 +666,64 @@ def test_ctrl_c_ends_a_request_of_the_main_thread_and_the_client_is_usable(tmp_p
         status, output, errors = finish_program(program)
         assert (status, output) == (0, f"{answer(b'after')}\n"), errors
         assert held.batches[1:] == [[b"interrupted"], [b"after"]]
+
+
+SIGNALLED_PROGRAM = """
+    import signal
+    import sys
+
+    from grpc_batcher import MukoeBatcherClient
+
+    class Enough(Exception):
+        pass
+
+    def enough(*_):
+        raise Enough
+
+    signal.signal(signal.SIGALRM, enough)
+    client = MukoeBatcherClient(sys.argv[1])
+    for number in range(20):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            client.send_request(b"%d" % number)
+        except Enough:
+            pass
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    print(client.send_request(b"after"), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_requests_that_a_signal_handler_ended_leave_no_streams_behind(tmp_path: Path) -> None:
+    """The signal's exception may come between gRPC's event and whoever waits for it."""
+
+    def slow_echo(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
+        time.sleep(0.03)  # longer than the program waits
+        return echo(requests)
+
+    with (
+        serving(slow_echo) as batcher,
+        start_program(tmp_path, SIGNALLED_PROGRAM, address_of(batcher)) as program,
+    ):
+        assert program.read_line() == f"{answer(b'after')}"
+        eventually(lambda: batcher.metrics().open_streams <= 1)
+        status, output, errors = finish_program(program)
+        assert (status, output) == (0, ""), errors
+
+
+def test_a_request_that_no_thread_could_keep_the_time_of_was_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it counted among those of its stream, or a later one might be sent twice."""
+    with serving() as batcher, connect(batcher) as client:
+        client.send_request(b"first")
+        with monkeypatch.context() as patch:
+            patch.setattr(_pool.StreamPool, "_can_keep_time", lambda pool: False)
+            with pytest.raises(RuntimeError, match="no thread"):
+                client.send_request(b"second", timeout_s=50)
+        client.send_request(b"third")
+        (loan,) = client._pool._idle
+        assert loan.requests == 2
+
+
+def test_metadata_that_grpc_can_not_send_is_refused_by_the_constructor() -> None:
+    with pytest.raises(ValueError, match=r"'token-bin'.*bytes"):
+        MukoeBatcherClient("localhost:1", metadata=(("token-bin", "text"),))
