@@ -38,15 +38,20 @@ MAX_PAUSE_S = 0.03
 PROBE_PAUSE_S = 0.01
 
 # A request without a short time limit that has no outcome after so long never gets one.
-LOST_S = 60.0
+LOST_S = 30.0
 
 
 class Target(NamedTuple):
-    """A server. restarts: it may be away, and then its callers get UNAVAILABLE."""
+    """A server.
+
+    restarts: it may be away, and then its callers get UNAVAILABLE.
+    breaks: so may any, as connections to it break.
+    """
 
     model: str
     address: str
-    restarts: bool
+    restarts: bool = False
+    breaks: bool = False
 
 
 class Load(NamedTuple):
@@ -187,8 +192,8 @@ class Callers:
         code, details = error.code(), error.details()
         if code is grpc.StatusCode.INTERNAL and is_asked_for(details, number):
             return None
-        if code is grpc.StatusCode.UNAVAILABLE and target.restarts:
-            return None  # run.py knows whether the server was away
+        if code is grpc.StatusCode.UNAVAILABLE and (target.restarts or target.breaks):
+            return None  # run.py knows whether a server that restarts was away
         if code in ENDS[kind] and code is not grpc.StatusCode.INTERNAL:
             return None
         return f"ended with {code.name}: {details}"

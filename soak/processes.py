@@ -42,14 +42,18 @@ class Child:
     @property
     def ready(self) -> dict[str, Any]:
         if self._ready is None:
-            self._ready = self._answer()
+            self._ready = self.answer()
         return self._ready
 
-    def ask(self, *command: Any) -> dict[str, Any]:
+    def tell(self, *command: Any) -> None:
+        """Send a command, whose answer `answer` returns."""
         _ = self.ready  # or it would be taken for the answer
         with suppress(BrokenPipeError):  # the answer says it
             self._pipe.send(command)
-        return self._answer()
+
+    def ask(self, *command: Any) -> dict[str, Any]:
+        self.tell(*command)
+        return self.answer()
 
     def end(self) -> None:
         """Wait for the end of a process that was told to stop. Raises ChildError unless its exit status is 0."""
@@ -74,7 +78,7 @@ class Child:
             "files": len(os.listdir(folder / "fd")),
         }
 
-    def _answer(self) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
         try:
             if self._pipe.poll(_ANSWER_LIMIT_S):
                 answer: dict[str, Any] = self._pipe.recv()

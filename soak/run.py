@@ -19,6 +19,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import verdict
 from caller import LOST_S, Load, Target, call
 from processes import Child, ChildError, Seen, spawning
+from relay import relay
 from server import serve
 from traffic import name_of
 
@@ -28,9 +29,9 @@ MAX_FAULTS = 20
 UNAVAILABLE_SLACK_NS = 10_000_000_000
 
 GRACES_S = (0.0, 0.05, 1.0, 5.0)
-STEADY, RESTARTED = "steady server", "restarted server"
+STEADY, RESTARTED, RELAYED = "steady server", "restarted server", "relay to the steady server"
 # Their callers' requests are of the one or the other model.
-MODELS = {STEADY: "repr", RESTARTED: "dyna"}
+MODELS = {STEADY: "repr", RESTARTED: "dyna", RELAYED: "repr"}
 LONG_LIVED = (STEADY, "its callers", "its probe", "callers of both")
 
 
@@ -46,7 +47,7 @@ class Soak:
         self._readers: dict[str, threading.Thread] = {}
         self._servers: dict[str, Child] = {}
         self._callers: dict[str, Child] = {}
-        self._ports = dict.fromkeys(MODELS, 0)
+        self._ports = {STEADY: 0, RESTARTED: 0}
         self._numbers = itertools.count(1)
         self._ends: dict[str, Counter[str]] = {}
         self._in_flight: dict[str, int] = {}
@@ -78,19 +79,21 @@ class Soak:
     # ---- processes ----
 
     def _start(self) -> None:
-        for name in MODELS:
+        for name in self._ports:
             self._start_server(name)
-        for name in MODELS:
+        for name in self._ports:
             self._server_is_back(name)
-        steady, restarted = (
-            Target(MODELS[name], f"127.0.0.1:{self._ports[name]}", name is RESTARTED) for name in MODELS
+        self._servers[RELAYED] = Child(RELAYED, relay, self._ports[STEADY], str(self._seed))
+        steady, restarted, broken = (
+            Target(MODELS[name], f"127.0.0.1:{port}", restarts=name is RESTARTED, breaks=name is RELAYED)
+            for name, port in (*self._ports.items(), (RELAYED, self._servers[RELAYED].ready["port"]))
         )
-        self._targets = {"its callers": [steady], "its probe": [steady], "callers of both": [steady, restarted]}
+        self._targets = {"its callers": [steady], "its probe": [steady], "callers of both": [broken, restarted]}
         self._start_callers("its callers", Load(8))
         self._start_callers("its probe", Load(1, is_probe=True))
         self._start_callers("callers of both", Load(6))
         self._start_callers("mortal callers", Load(4))
-        gears = {child.ready["gear"] for child in self._servers.values()}
+        gears = {self._servers[name].ready["gear"] for name in self._ports}
         for child in self._callers.values():
             _ = child.ready
         print(f"seed {self._seed}; servers in the gear {', '.join(gears)}; {self._seconds:.0f} s", flush=True)
@@ -224,8 +227,10 @@ class Soak:
     # ---- the end ----
 
     def _finish(self) -> None:
+        for child in self._callers.values():
+            child.tell("stop")
         for name, child in self._callers.items():
-            self._take(name, child.ask("stop"))
+            self._take(name, child.answer())
             child.end()
         self._still_serves()
         left: dict[str, Any] = {}
@@ -243,6 +248,9 @@ class Soak:
             answer = child.ask("stop", 5.0)
             self._take(name, answer)
             child.end()
+            if name is RELAYED:
+                self._counts["broken connections"] = answer["broken"]
+                continue
             self._readers[name].join()
             if name is STEADY and answer["batched"] != self._seen_by[name]:
                 self.report(
@@ -251,8 +259,8 @@ class Soak:
 
     def _still_serves(self) -> None:
         """A new caller is answered by both. Its requests are numbered like all."""
-        for name in MODELS:
-            target = Target(MODELS[name], f"127.0.0.1:{self._ports[name]}", restarts=False)
+        for name, port in self._ports.items():
+            target = Target(MODELS[name], f"127.0.0.1:{port}")
             last = Child(
                 f"last caller of the {name}", call, next(self._numbers), [target], Load(1, is_probe=True), "last"
             )
@@ -268,7 +276,7 @@ class Soak:
         print(f"\n{ends.total()} requests of callers that were not killed just then ended:")
         for code, count in ends.most_common():
             print(f"  {code:20}{count:10}")
-        for what in ("stopped servers", "killed servers", "killed callers"):
+        for what in ("stopped servers", "killed servers", "killed callers", "broken connections"):
             print(f"{what}: {self._counts[what]}")
         print(
             "\nThe first and the last part of the time after the warm-up (see soak/verdict.py):\n"
