@@ -7,7 +7,9 @@ SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.py grpc_b
 
 OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_readme.py,$(wildcard tests/test_*.py))
 
-.PHONY: demo test test-gears bench lint debug proto check-proto clean
+SOAK_S ?= 600
+
+.PHONY: demo test test-gears bench soak lint debug proto check-proto clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/atari_demo.py
@@ -23,6 +25,10 @@ test-gears: $(VENV)/installed-test
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/run.py $(BENCH_OPTIONS)
+
+# Mixed load for so many seconds, and an account of every request.
+soak: $(VENV)/installed-test
+	$(BIN)/python soak/run.py --seconds $(SOAK_S) $(SOAK_OPTIONS)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ TEXTS = {
         "docs/new-model.md",
         "examples/README.md",
         "scripts/README.md",
+        "soak/README.md",
         "tests/README.md",
     )
 }
@@ -256,7 +257,7 @@ def test_contributing_says_where_every_module_is() -> None:
     assert modules == {name for name in named if re.fullmatch(r"\w+\.(py|pyx|pyi)", name)}
 
 
-@pytest.mark.parametrize("folder", ["tests", "scripts"])
+@pytest.mark.parametrize("folder", ["tests", "scripts", "soak"])
 def test_the_readme_of_a_folder_has_a_line_for_each_file(folder: str) -> None:
     there = {entry.name + "/" * entry.is_dir() for entry in (ROOT / folder).iterdir() if entry.name[0] != "."}
     named = names_in_first_column(TEXTS[f"{folder}/README.md"])
