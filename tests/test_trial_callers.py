@@ -115,9 +115,7 @@ def test_callers_that_leave_while_they_wait_never_reach_the_callback_and_the_oth
         for number in range(each_kind):
             others.append(in_background(ledger.ask, client, f"stays-{round_name}-{number}/1", timeout_s=1000))
             timeout_s = 0.02 if number % 2 else None
-            leavers.append(
-                in_background(ledger.ask, leaver, f"leaves-{round_name}-{number}/1", timeout_s=timeout_s)
-            )
+            leavers.append(in_background(ledger.ask, leaver, f"leaves-{round_name}-{number}/1", timeout_s=timeout_s))
         eventually(lambda: sum(request.done() for request in leavers) == each_kind // 2)
         eventually(lambda: batcher.metrics().waiting == each_kind + each_kind // 2)
         leaver.close()
