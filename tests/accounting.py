@@ -133,13 +133,13 @@ class Ledger:
                 gone_at = min(gone.get(each, number) for each in (name, _caller_of(name)))
                 assert number - gone_at <= 0, f"the callback saw {name} after its caller was known to be gone"
 
-        assert {times for times in ends.values()} <= {1}, "requests ended twice"
+        assert set(ends.values()) <= {1}, "requests ended twice"
         last = {_caller_of(name): name for name in asked}
         lost = asked.keys() - ends.keys() - {last[caller] for caller in killed if caller in last}
         assert not lost, f"requests were neither answered nor failed: {lost}"
         answered = [name for [name] in events.get("answered", [])]
         assert seen.keys() >= set(answered), "answers came to requests that the callback did not see"
-        failed = {name: code for name, code in events.get("failed", [])}
+        failed = dict(events.get("failed", []))
         assert {name: code for name, code in failed.items() if code not in failures} == {}
         refused = {name for name, code in failed.items() if code in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")}
         assert not refused & seen.keys(), "the callback saw requests that were refused"
