@@ -14,7 +14,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from serving import Held, Program, answer, connect, error_of, eventually, finish_program, serving, start_program
+from serving import Held, Program, answer, connect, error_of, eventually, serving, start_program
 
 # What each program does first: it moves to its host.
 _ON_HOST = """
@@ -146,7 +146,7 @@ def wait_for_state(server: Program, state: str) -> None:
 def test_a_server_notices_that_a_callers_host_vanished_and_goes_on_with_a_slow_callback(
     hosts: Hosts, tmp_path: Path
 ) -> None:
-    """The other caller's request is in the callback for as long, and longer: it is not taken for gone, nor thinks so."""
+    """The other caller is in the callback for as long and longer: it is not taken for gone, and takes nobody so."""
     with (
         start(tmp_path, "server", SERVER_PROGRAM, hosts.server, SHORT_MS) as server,
         start_caller(tmp_path, hosts, "first", port := server.read_line(), LONG_MS, LONG_MS) as vanishing,
