@@ -6,15 +6,31 @@ stands in docs/reliability.md.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
-from serving import Held, Program, answer, connect, error_of, eventually, serving, start_program
+from serving import (
+    Held,
+    Program,
+    address_of,
+    answer,
+    connect,
+    echo,
+    error_of,
+    eventually,
+    run_program,
+    serving,
+    start_program,
+)
+
+from grpc_batcher import _batcher
 
 # What each program does first: it moves to its host.
 _ON_HOST = """
@@ -220,3 +236,34 @@ def test_a_caller_that_pings_more_often_than_the_server_allows_is_told_so_and_go
         assert "pings" in error.details()
         held.release(float("inf"))
         assert client.send_request(b"after") == answer(b"after")
+
+
+ASKING_PROGRAM = """
+    import sys
+
+    from grpc_batcher import MukoeBatcherClient
+
+    with MukoeBatcherClient(sys.argv[1]) as client:
+        for data in (b"before", b"slow", b"after"):
+            print(client.send_request(data), flush=True)
+"""
+
+
+@pytest.mark.skipif(
+    tuple(int(part) for part in grpc.__version__.split(".")[:2]) < (1, 62),
+    reason="older gRPC reads no answers to its pings while Python code holds the GIL",
+)
+def test_a_callback_that_keeps_the_gil_for_longer_than_keepalive_waits_loses_nobody(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(_batcher, "_KEEPALIVE_INTERVAL_MS", int(SHORT_MS))
+    monkeypatch.setattr(_batcher, "_KEEPALIVE_TIMEOUT_MS", int(SHORT_MS))
+
+    def keep_the_gil(requests: list[bytes]) -> Any:
+        if b"slow" in requests:
+            ctypes.PyDLL(None).usleep(4 * 1000 * int(SHORT_MS))  # a PyDLL does not let go of the GIL
+        return echo(requests)
+
+    with serving(keep_the_gil) as batcher:
+        output = run_program(tmp_path, ASKING_PROGRAM, address_of(batcher))
+    assert output == [str(answer(data)) for data in (b"before", b"slow", b"after")]
