@@ -25,8 +25,10 @@ from grpc_batcher import MukoeBatcherClient, RequestError, create_batcher
 # GRPC_BATCHER_TRIALS=20 in the environment makes the trials that say so twenty times as long.
 LENGTH = int(os.environ.get("GRPC_BATCHER_TRIALS", "1"))
 
-# What a caller waits before it tries again, as real ones do.
+# What a caller waits before it tries again, as real ones do; and one in a process of its own between two requests, so
+# that twenty of them leave some of a small machine to others.
 _PAUSE_S = 0.001
+_THINKING_S = 0.003
 
 
 class Account(NamedTuple):
@@ -84,14 +86,20 @@ class Ledger:
         return True
 
     def keep_asking(
-        self, client: MukoeBatcherClient, caller: str, is_over: Callable[[], bool], *, extra_bytes: int = 0
+        self,
+        client: MukoeBatcherClient,
+        caller: str,
+        is_over: Callable[[], bool],
+        *,
+        extra_bytes: int = 0,
+        thinking_s: float = 0,
     ) -> None:
         """Send one request after the other, with the same client whatever happens, until the trial is over."""
         number = 0
         while not is_over():
             number += 1
-            if not self.ask(client, f"{caller}/{number}", extra_bytes=extra_bytes):
-                time.sleep(_PAUSE_S)
+            is_answered = self.ask(client, f"{caller}/{number}", extra_bytes=extra_bytes)
+            time.sleep(thinking_s if is_answered else _PAUSE_S)
 
     # ---- the account ----
 
@@ -176,7 +184,7 @@ def start_process(function: Callable[..., None], *arguments: Any) -> BaseProcess
 def ask_until_killed(ledger: Ledger, address: str, caller: str, extra_bytes: int = 0) -> None:
     """What a caller's process does."""
     with MukoeBatcherClient(address) as client:
-        ledger.keep_asking(client, caller, lambda: False, extra_bytes=extra_bytes)
+        ledger.keep_asking(client, caller, lambda: False, extra_bytes=extra_bytes, thinking_s=_THINKING_S)
 
 
 def serve_until_killed(ledger: Ledger, port: int, ready: Connection) -> None:
