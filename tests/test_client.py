@@ -8,7 +8,6 @@ import queue
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from serving import (
     address_of,
     answer,
     connect,
-    echo,
     error_of,
     eventually,
     finish_program,
@@ -34,7 +32,7 @@ from serving import (
     waiting,
 )
 
-from grpc_batcher import MukoeBatcherClient, RequestError, _pool
+from grpc_batcher import MukoeBatcherClient, _pool
 from grpc_batcher._service import TAKEN_IN_KEY
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
@@ -310,56 +308,6 @@ def test_all_threads_of_a_client_are_answered_after_a_restart() -> None:
                 step.wait()
         for caller, results in enumerate(callers):
             assert results.result() == [answer(b"%d of %d" % (number, caller)) for number in range(3)]
-
-
-def test_no_request_is_executed_twice_or_lost_while_servers_come_and_go_under_load() -> None:
-    threads, restarts, answers_between = 8, 20, 50
-    executed: Counter[bytes] = Counter()
-    answered: list[bytes] = []
-    failed: dict[bytes, RequestError] = {}
-    stop = threading.Event()
-
-    def record(requests: list[bytes]) -> Any:
-        executed.update(requests)
-        return echo(requests)
-
-    def call(caller: int) -> None:
-        number = 0
-        while not stop.is_set():
-            number += 1
-            data = b"%d of %d" % (number, caller)
-            try:
-                result = client.send_request(data)
-            except RequestError as error:
-                failed[data] = error
-                stop.wait(0.001)  # as callers do before they try again
-            else:
-                assert result == answer(data)
-                answered.append(data)
-
-    def wait_for_answers() -> None:
-        enough = len(answered) + answers_between
-        eventually(lambda: len(answered) >= enough or any(caller.done() for caller in callers))
-
-    with serving() as first, connect(first) as client:
-        callers = [in_background(call, caller) for caller in range(threads)]
-        wait_for_answers()
-        first.shutdown(grace_s=30)
-        for _ in range(restarts):
-            with serving(record, port=first.port, batch_timeout_s=0.001) as batcher:
-                wait_for_answers()
-                batcher.shutdown(grace_s=30)
-        with serving(record, port=first.port):
-            wait_for_answers()
-            stop.set()
-            for caller in callers:
-                caller.result()
-
-    assert max(executed.values()) == 1
-    assert len(answered) == len(set(answered)) >= (restarts + 2) * answers_between
-    # What a batcher took in it answered before it was gone. (The first one kept no count.)
-    assert set(executed) <= set(answered)
-    assert [error for error in failed.values() if error.code() is not UNAVAILABLE] == []
 
 
 # ---- what a client sends again ----
