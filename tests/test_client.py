@@ -20,6 +20,7 @@ from serving import (
     address_of,
     answer,
     connect,
+    echo,
     error_of,
     eventually,
     finish_program,
