@@ -7,7 +7,9 @@ SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.py grpc_b
 
 OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_readme.py tests/test_build_script.py,$(wildcard tests/test_*.py))
 
-.PHONY: demo test test-gears matrix bench lint debug wheels dist proto check-proto clean
+SOAK_S ?= 600
+
+.PHONY: demo test test-gears matrix bench soak lint debug wheels dist proto check-proto clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/atari_demo.py
@@ -27,6 +29,10 @@ matrix:
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/run.py $(BENCH_OPTIONS)
+
+# Mixed load for so many seconds, and an account of every request.
+soak: $(VENV)/installed-test
+	$(BIN)/python soak/run.py --seconds $(SOAK_S) $(SOAK_OPTIONS)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """The native modules. Everything else about the package stands in pyproject.toml.
 
-GRPC_BATCHER_DEBUG=1 builds them with their invariants checked and symbols for a debugger.
+GRPC_BATCHER_DEBUG=1 builds them with their invariants checked and symbols for a debugger, GRPC_BATCHER_SANITIZE=thread
+or address likewise and with a sanitizer, whose runtime is then to be preloaded (see scripts/sanitize.py).
 """
 
 import os
@@ -8,21 +9,27 @@ import os
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-debug = os.environ.get("GRPC_BATCHER_DEBUG", "0") not in ("", "0")
+sanitizer = os.environ.get("GRPC_BATCHER_SANITIZE", "")
+debug = sanitizer != "" or os.environ.get("GRPC_BATCHER_DEBUG", "0") not in ("", "0")
+sanitizer_flags = {
+    "": [],
+    "thread": ["-fsanitize=thread"],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+}[sanitizer]
 
 extensions = [
     Extension(
         f"grpc_batcher.{name}",
         [f"grpc_batcher/{name}.pyx"],
-        extra_compile_args=["-pthread", "-Wall", *(["-O1", "-g", "-UNDEBUG"] if debug else ["-O2"])],
-        extra_link_args=["-pthread"],
+        extra_compile_args=["-pthread", "-Wall", *(["-O1", "-g", "-UNDEBUG"] if debug else ["-O2"]), *sanitizer_flags],
+        extra_link_args=["-pthread", *sanitizer_flags],
         define_macros=[] if debug else [("NDEBUG", "1")],
     )
     for name in ("_core", "_wire")
 ]
 
 # Apart from each other, or the one build would be taken for the other.
-base = "build/debug" if debug else "build/release"
+base = f"build/{sanitizer or ('debug' if debug else 'release')}"
 setup(
     ext_modules=cythonize(extensions, language_level=3, build_dir=base),
     options={"build": {"build_base": base}},

@@ -87,6 +87,9 @@ class MukoeBatcher:
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
+            # New streams that gRPC has not handed over yet. It would drop some at random if over 1000 come at once.
+            ("grpc.server.max_pending_requests", max_streams),
+            ("grpc.server.max_pending_requests_hard_limit", max_streams),
             ("grpc.keepalive_time_ms", _KEEPALIVE_INTERVAL_MS),
             ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
             ("grpc.keepalive_permit_without_calls", 1),

@@ -74,6 +74,8 @@ class MukoeBatcherClient:
         for pair in metadata:
             if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], (str, bytes)):
                 raise ValueError(f"metadata has {pair!r}; it must be pairs of a text and a text or bytes")
+            if pair[0].endswith("-bin") and not isinstance(pair[1], bytes):
+                raise ValueError(f"metadata has {pair!r}; a key that ends with '-bin' takes bytes")
         self._address = server_address
         self._max_message_bytes = max_message_bytes
         self._credentials = credentials
@@ -82,7 +84,9 @@ class MukoeBatcherClient:
         self._metadata = tuple(metadata)
         connect = partial(_connect, server_address, max_message_bytes, credentials, self._options, self._interceptors)
         self._balanced = any(option[0] in _BALANCING_OPTIONS for option in self._options)
-        self._pool = StreamPool(connect, METHOD, self._metadata, balanced=self._balanced)
+        self._pool = StreamPool(
+            connect, METHOD, self._metadata, balanced=self._balanced, intercepted=bool(self._interceptors)
+        )
         self._most_resends = _MOST_RESENDS_BALANCED if self._balanced else _MOST_RESENDS
         # For clients that are dropped without `close`. A process that exits needs no such farewell.
         weakref.finalize(self, self._pool.close).atexit = False

@@ -496,12 +496,13 @@ cdef class WaitingRoom:
 
     cdef int _admit(self, Stream stream, Ticket ticket) except -1:
         """Put a new ticket into the ring, which then owns a reference to it. Wake the taker if need be."""
-        cdef bint closed, full, busy
+        cdef bint closed, full, busy, left
         self._enter()
         closed = self._closed
         full = self._waiting >= self.capacity
         busy = stream._c.unfinished != NULL
-        if not stream._c.is_open and not closed:
+        left = not stream._c.is_open and not closed
+        if left:
             ticket._c.state = _LEFT
         elif not (closed or full or busy):
             Py_INCREF(ticket)
@@ -511,9 +512,7 @@ cdef class WaitingRoom:
             raise RuntimeError("this stream's last request has no outcome yet; a stream has one request at a time")
         if closed:
             raise RoomClosedError("the room is closed")
-        if ticket._c.state == _LEFT:
-            return 0
-        if full:
+        if full and not left:
             raise QueueFullError(f"{self.capacity} requests wait, and no more may")
         return 0
 

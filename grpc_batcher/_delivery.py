@@ -12,7 +12,7 @@ _logger = logging.getLogger("grpc_batcher")
 
 
 class Delivery:
-    """Hands ended tickets to their sessions.
+    """Hands ended tickets to the transports of their sessions.
 
     The thread that ran the callback does it itself, which saves waking another, as long as no further batch is due.
     What is left then goes to a second thread, so that replies are sent while the next callback runs.
@@ -26,6 +26,8 @@ class Delivery:
     def deliver(self, tickets: list[_core.Ticket]) -> None:
         """Deliver the tickets of a batch. To be called by one thread."""
         for number, ticket in enumerate(tickets):
+            if ticket.owner.transport is None:  # its own thread waits for it, or the stream is over
+                continue
             if self._room.is_due() and self._leave(tickets[number:]):
                 return
             _deliver(ticket)
@@ -58,7 +60,9 @@ class Delivery:
 
 def _deliver(ticket: _core.Ticket) -> None:
     """One reply that can not be sent must not keep others from being sent."""
+    transport = ticket.owner.transport
     try:
-        ticket.owner.on_reply_due(ticket)
+        if transport is not None:
+            transport.send_reply(ticket)
     except Exception:
         _logger.exception("a reply could not be sent")

@@ -2,8 +2,10 @@
 
 On the server the handler returns at once and no thread is parked for the stream. Each message that arrives runs
 `_ServerStream._on_event` in the thread that polls for gRPC; the reply goes out together with the next receive, as one
-batch of operations and one event. The server, and with it TLS, deadlines and shutdown, stay grpcio's; a stream whose
-handler an interceptor wrapped is served by the public gear, so that the interceptor sees its messages.
+batch of operations and one event (for which gRPC keeps the reply until the next request is in). The server, and with it
+TLS, deadlines and shutdown, stay grpcio's; a stream whose handler an interceptor wrapped is served by the public gear,
+so that the interceptor sees its messages. (One that only gives the handler serializers of its own is passed by:
+messages are bytes here.)
 On the client a request is one batch (send, receive) on a call with a completion queue of its own, and one wait.
 
 It leans on these names, which are alike in grpcio 1.49.1, 1.62.3, 1.71.2 and 1.85.1. Each is what grpcio's own
@@ -35,6 +37,7 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -50,6 +53,9 @@ _NO_FLAGS = 0
 
 # grpcio knows its outstanding operations by such a token; a stream has no more than one of ours.
 _TOKEN = "grpc_batcher"
+
+# What a tag returns for a call that is not over: nothing to forget, and nobody to tell.
+_UNFINISHED: tuple[Any, Any] = (None, ())
 
 try:
     from grpc._cython import cygrpc
@@ -93,8 +99,14 @@ def missing() -> str | None:
         state = _RPCState()
         operator.attrgetter("condition", "due", "initial_metadata_allowed")(state)
         operator.attrgetter("_rpc_event", "_state")(_Context(None, state, None))
-    except (AttributeError, TypeError) as error:
+        state.due.add(_TOKEN)
+        finished = _possibly_finish_call(state, _TOKEN)
+        _get_initial_metadata_operation(state, None)
+        active = _is_rpc_state_active(state)
+    except (AttributeError, KeyError, TypeError) as error:
         return str(error)
+    if not active or state.due or finished != _UNFINISHED:
+        return "_possibly_finish_call does not keep the account of outstanding operations"
     if "experimental_non_blocking" not in _stream_response_in_pool.__code__.co_names:
         return "grpcio does not know a behavior's experimental_non_blocking"
     return None
@@ -111,20 +123,41 @@ def stream_handler(
     give_up: called where grpcio turns out to be otherwise than this gear needs; the stream then ends with an error, and
         the caller's next is served by the gear that is chosen instead.
     """
+    return grpc.stream_stream_rpc_method_handler(_Behavior(open_session, give_up))
 
-    def serve(
-        messages: Iterator[bytes], context: grpc.ServicerContext, send_response: Callable[[None], None] | None = None
+
+class _Behavior:
+    """What grpcio calls for each stream.
+
+    A class with slots, so that functools.wraps does not copy the mark that stands here to an interceptor's function.
+    """
+
+    __slots__ = ("_give_up", "_open_session")
+
+    experimental_non_blocking = True
+
+    def __init__(
+        self, open_session: Callable[[grpc.ServicerContext], Session], give_up: Callable[[Exception], None]
+    ) -> None:
+        self._open_session = open_session
+        self._give_up = give_up
+
+    def __call__(
+        self,
+        messages: Iterator[bytes],
+        context: grpc.ServicerContext,
+        send_response: Callable[[None], None] | None = None,
     ) -> Iterator[bytes] | None:
         if send_response is None:
-            # An interceptor wrapped this function, and is to see the messages go by.
-            return _public.serve(open_session, messages, context)
+            # An interceptor wrapped this object, and is to see the messages go by.
+            return _public.serve(self._open_session, messages, context)
         try:
-            session = open_session(context)
+            session = self._open_session(context)
             try:
-                stream = _ServerStream(session, context, partial(send_response, None), give_up)
+                stream = _ServerStream(session, context, partial(send_response, None), self._give_up)
             except AttributeError as error:
                 session.close()
-                give_up(error)
+                self._give_up(error)
                 raise StreamEnd(grpc.StatusCode.UNAVAILABLE, f"grpcio is not as expected: {error}") from None
         except StreamEnd as end:
             set_status(context, end)
@@ -132,9 +165,6 @@ def stream_handler(
         else:
             stream.begin()
         return None
-
-    serve.experimental_non_blocking = True  # type: ignore[attr-defined]
-    return grpc.stream_stream_rpc_method_handler(serve)
 
 
 class _ServerStream:
@@ -157,8 +187,7 @@ class _ServerStream:
         self._call = context._rpc_event.call
         self._state = context._state
         self._ended = False
-        session.on_reply_due = self._send_reply
-        session.on_shutdown = self._end
+        session.transport = self
 
     def begin(self) -> None:
         if not self._context.add_callback(self._close):
@@ -169,42 +198,8 @@ class _ServerStream:
         except Exception as error:
             self._fail(error)
 
-    def _close(self) -> None:
-        """The call is over: the caller cancelled it or is gone, or it has its status."""
-        self._session.close()
-        self._end(None)
-
-    def _start(self, operations: Sequence[Any]) -> None:
-        """Start operations, of which the last is to receive. On a call that is over nothing happens."""
-        with self._state.condition:
-            if not _is_rpc_state_active(self._state):
-                return
-            if self._state.initial_metadata_allowed and len(operations) > 1:
-                operations = (_get_initial_metadata_operation(self._state, None), *operations)
-                self._state.initial_metadata_allowed = False
-            error = self._call.start_server_batch(operations, self._on_event)
-            if error:
-                raise RuntimeError(f"gRPC refused to start operations on a stream, with its error {error}")
-            self._state.due.add(_TOKEN)
-
-    def _on_event(self, event: Any) -> tuple[Any, Any]:
-        """The operations are done. Runs in the polling thread, which would not survive an exception."""
-        with self._state.condition:
-            finished = _possibly_finish_call(self._state, _TOKEN)
-        try:
-            message = event.batch_operations[-1].message()
-            if message is None:  # half-closed or broken; on a broken stream no status is sent
-                self._end(None)
-            else:
-                self._session.accept(message)
-        except StreamEnd as end:
-            self._end(end)
-        except Exception as error:
-            self._fail(error)
-        return finished  # type: ignore[no-any-return]
-
-    def _send_reply(self, ticket: Ticket) -> None:
-        """The ticket has ended. Runs in any thread."""
+    def send_reply(self, ticket: Ticket) -> None:
+        """Send a ticket's answer, or end the stream with its status. Runs in any thread."""
         try:
             reply = self._session.reply(ticket)
             # Before the reply goes out, for the caller's next request may come in on its heels.
@@ -213,11 +208,11 @@ class _ServerStream:
                 (cygrpc.SendMessageOperation(reply, _NO_FLAGS), cygrpc.ReceiveMessageOperation(_NO_FLAGS)),
             )
         except StreamEnd as end:
-            self._end(end)
+            self.end(end)
         except Exception as error:
             self._fail(error)
 
-    def _end(self, end: StreamEnd | None) -> None:
+    def end(self, end: StreamEnd | None) -> None:
         """Send the stream's status: OK if there is no other."""
         with self._state.condition:
             if self._ended:
@@ -227,11 +222,57 @@ class _ServerStream:
                 set_status(self._context, end)
         self._end_call()
 
+    def _close(self) -> None:
+        """The call is over: the caller cancelled it or is gone, or it has its status."""
+        self._session.close()
+        self.end(None)
+
+    def _start(self, operations: Sequence[Any]) -> None:
+        """Start operations, of which the last is to receive. On a call that is over nothing happens."""
+        try:
+            with self._state.condition:
+                if not _is_rpc_state_active(self._state):
+                    return
+                with_metadata = self._state.initial_metadata_allowed and len(operations) > 1
+                if with_metadata:
+                    operations = (_get_initial_metadata_operation(self._state, None), *operations)
+                error = self._call.start_server_batch(operations, self._on_event)
+                if error:
+                    raise RuntimeError(f"gRPC refused to start operations on a stream, with its error {error}")
+                if with_metadata:
+                    self._state.initial_metadata_allowed = False
+                self._state.due.add(_TOKEN)
+        except (AttributeError, TypeError) as error:
+            self._give_up(error)
+            raise
+
+    def _on_event(self, event: Any) -> tuple[Any, Any]:
+        """The operations are done. Runs in the polling thread, which would not survive an exception."""
+        finished = _UNFINISHED
+        try:
+            try:
+                with self._state.condition:
+                    finished = _possibly_finish_call(self._state, _TOKEN)
+                message = event.batch_operations[-1].message()
+            except (AttributeError, TypeError) as error:
+                self._give_up(error)
+                self._state.due.discard(_TOKEN)  # or the server's stop would wait for it
+                raise
+            if message is None:  # half-closed or broken; on a broken stream no status is sent
+                self.end(None)
+            else:
+                self._session.accept(message)
+        except StreamEnd as end:
+            with suppress(Exception):
+                self.end(end)
+        except Exception as error:
+            with suppress(Exception):
+                self._fail(error)
+        return finished
+
     def _fail(self, error: Exception) -> None:
         _logger.error("a stream failed", exc_info=error)
-        if isinstance(error, (AttributeError, TypeError)):
-            self._give_up(error)
-        self._end(StreamEnd(grpc.StatusCode.INTERNAL, f"the server failed: {type(error).__name__}: {error}"))
+        self.end(StreamEnd(grpc.StatusCode.INTERNAL, f"the server failed: {type(error).__name__}: {error}"))
 
 
 # ---- the client's end ----
@@ -249,31 +290,37 @@ _PROBE_AFTER_NS = 10_000_000
 
 
 class CallEnd(grpc.RpcError):  # type: ignore[misc]
-    """The status of a call that ended; the part of grpc.Call that a caller of `exchange` needs."""
+    """How a call ended; the part of grpc.Call that a caller of `exchange` needs."""
 
-    def __init__(self, status: Any) -> None:
-        super().__init__(status.code(), status.details())
-        self._status = status
+    def __init__(self, code: grpc.StatusCode, details: str, trailing_metadata: Any = ()) -> None:
+        super().__init__(code, details)
+        self._end = code, details, trailing_metadata
 
     def code(self) -> grpc.StatusCode:
-        return _STATUS_CODES.get(self._status.code(), grpc.StatusCode.UNKNOWN)
+        return self._end[0]
 
     def details(self) -> str:
-        return str(self._status.details())
+        return self._end[1]
 
     def trailing_metadata(self) -> Any:
-        return self._status.trailing_metadata()
-
-
-def can_carry(channel: grpc.Channel) -> bool:
-    """Whether streams can be opened on this channel: one that grpc.intercept_channel made hides what is needed."""
-    return hasattr(getattr(channel, "_channel", None), "segregated_call")
+        return self._end[2]
 
 
 class ClientStream:
-    """One open stream to a server, for one request at a time. All but `cancel` are for one thread at a time."""
+    """One open stream to a server, for one request at a time. All but `cancel` are for one thread at a time.
 
-    def __init__(self, channel: grpc.Channel, method: str, metadata: Sequence[tuple[str, Any]]) -> None:
+    give_up: called where grpcio turns out to be otherwise than this gear needs; the request then ends with UNAVAILABLE,
+        and the next is sent in the gear that is chosen instead.
+    """
+
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        method: str,
+        metadata: Sequence[tuple[str, Any]],
+        give_up: Callable[[Exception], None],
+    ) -> None:
+        self._give_up = give_up
         self._status: Any = None
         self._outstanding = 3
         self._used_ns = time.monotonic_ns()
@@ -296,26 +343,40 @@ class ClientStream:
 
         Raises grpc.RpcError, with code(), details() and trailing_metadata().
         """
-        operations = (
-            cygrpc.SendMessageOperation(message, _NO_FLAGS),
-            cygrpc.ReceiveMessageOperation(_NO_FLAGS),
-        )
-        if self._operate(operations, _EXCHANGE):
-            reply = self._next_event(_EXCHANGE).batch_operations[1].message()
-            if reply is not None:
-                self._used_ns = time.monotonic_ns()
-                return reply  # type: ignore[no-any-return]
-        while self._status is None:
-            self._next_event(_STATUS)
-        if self._status.code() == cygrpc.StatusCode.ok:
+        try:
+            operations = (
+                cygrpc.SendMessageOperation(message, _NO_FLAGS),
+                cygrpc.ReceiveMessageOperation(_NO_FLAGS),
+            )
+            if self._operate(operations, _EXCHANGE):
+                reply = self._next_event(_EXCHANGE).batch_operations[1].message()
+                if reply is not None:
+                    self._used_ns = time.monotonic_ns()
+                    return reply  # type: ignore[no-any-return]
+            while self._status is None:
+                self._next_event(_STATUS)
+            code = self._status.code()
+            end = CallEnd(
+                _STATUS_CODES.get(code, grpc.StatusCode.UNKNOWN),
+                str(self._status.details()),
+                self._status.trailing_metadata(),
+            )
+        except (AttributeError, TypeError) as error:
+            self._give_up(error)
+            end = CallEnd(grpc.StatusCode.UNAVAILABLE, f"grpcio is not as expected: {error}")
+        if end.code() is grpc.StatusCode.OK:
             return None
-        raise CallEnd(self._status)
+        raise end
 
     def is_alive(self) -> bool:
         if self._status is None and time.monotonic_ns() - self._used_ns > _PROBE_AFTER_NS:
             # An empty batch is done at once. A status that came before it is found on the way.
-            if self._operate((), _PROBE):
-                self._next_event(_PROBE)
+            try:
+                if self._operate((), _PROBE):
+                    self._next_event(_PROBE)
+            except (AttributeError, TypeError) as error:
+                self._give_up(error)
+                return False
             self._used_ns = time.monotonic_ns()
         return self._status is None
 
@@ -341,8 +402,10 @@ class ClientStream:
         while True:
             try:
                 event = self._call.next_event()
-            except BaseException:  # Ctrl-C in the main thread; grpcio then takes the call apart itself
-                self._outstanding = 0
+            except BaseException:  # Ctrl-C in the main thread
+                # grpcio then has taken the call apart. Or the event had come, and is lost: another takes its place.
+                if not self._call.operate((), _PROBE):
+                    self._outstanding = 0
                 raise
             self._outstanding -= 1
             if event.tag == _STATUS:

@@ -45,11 +45,16 @@ def stream_handler(open_session: Callable[[grpc.ServicerContext], Session]) -> g
     return _public.stream_handler(open_session)
 
 
-def open_stream(channel: grpc.Channel, method: str, metadata: Sequence[tuple[str, Any]] = ()) -> ClientStream:
-    """Open a stream to a server."""
-    if _client == "direct" and _direct.can_carry(channel):
+def open_stream(
+    channel: grpc.Channel, method: str, metadata: Sequence[tuple[str, Any]] = (), *, intercepted: bool = False
+) -> ClientStream:
+    """Open a stream to a server.
+
+    intercepted: the channel has interceptors, which only the public API runs.
+    """
+    if _client == "direct" and not intercepted:
         try:
-            return _direct.ClientStream(channel, method, metadata)
+            return _direct.ClientStream(channel, method, metadata, _give_up_direct)
         except (AttributeError, TypeError) as error:
             _give_up_direct(error)
     return _public.ClientStream(channel, method, metadata)

@@ -60,6 +60,7 @@ class StreamPool:
 
     connect: makes a channel; called as late as possible, and again after the server was lost.
     balanced: the channel spreads streams over several servers.
+    intercepted: the channel has interceptors.
     """
 
     def __init__(
@@ -69,11 +70,13 @@ class StreamPool:
         metadata: Sequence[tuple[str, Any]],
         *,
         balanced: bool = False,
+        intercepted: bool = False,
     ) -> None:
         self._connect = connect
         self._method = method
         self._metadata = metadata
         self._balanced = balanced
+        self._intercepted = intercepted
         self._reset()
         _forks.register(self)
 
@@ -99,25 +102,29 @@ class StreamPool:
         fresh: open a new one in any case.
         """
         dead = []
-        with self._changed:
-            self._check_open()
-            loan = None
-            while self._idle and loan is None and not fresh:
-                loan = self._idle.pop()
-                if not loan.stream.is_alive() or (self._balanced and loan.renewal_ns <= time.monotonic_ns()):
-                    dead.append(loan)
-                    loan = None
-            if loan is None:
-                loan = self._open()
-            loan.requests += 1
-            if due_ns is not None and not self._can_keep_time():
-                self._idle.append(loan)
-                raise RuntimeError("no thread can be had to keep the request's time limit")
-            self._lent.add(loan)
-            self._set_due(loan, _NEVER if due_ns is None else due_ns)
-        for broken in dead:
-            self._drop(broken)
+        try:
+            with self._changed:
+                self._check_open()
+                loan = None
+                while self._idle and loan is None and not fresh:
+                    dead.append(self._idle.pop())
+                    if self._is_usable(dead[-1]):
+                        loan = dead.pop()
+                if loan is None:
+                    loan = self._open()
+                if due_ns is not None and not self._can_keep_time():
+                    self._idle.append(loan)
+                    raise RuntimeError("no thread can be had to keep the request's time limit")
+                loan.requests += 1
+                self._lent.add(loan)
+                self._set_due(loan, _NEVER if due_ns is None else due_ns)
+        finally:
+            for broken in dead:
+                self._drop(broken)
         return loan
+
+    def _is_usable(self, loan: Loan) -> bool:
+        return loan.stream.is_alive() and not (self._balanced and loan.renewal_ns <= time.monotonic_ns())
 
     def give_back(self, loan: Loan) -> None:
         """The request has its answer."""
@@ -175,7 +182,8 @@ class StreamPool:
         if self._link is None:
             _forks.check_and_mark_used()
             self._link = _Link(self._connect())
-        loan = Loan(self._link, open_stream(self._link.channel, self._method, self._metadata))
+        stream = open_stream(self._link.channel, self._method, self._metadata, intercepted=self._intercepted)
+        loan = Loan(self._link, stream)
         self._link.streams += 1
         if self._balanced:
             now_ns = time.monotonic_ns()

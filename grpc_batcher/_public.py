@@ -30,14 +30,19 @@ def serve(
         if not context.add_callback(session.close):
             return
         for message in messages:
-            ticket = session.accept(message)
-            ticket.wait()
-            yield session.reply(ticket)
+            yield _reply_to(session, message)
+            del message  # an idle stream keeps nothing alive
             session.replied()
     except StreamEnd as end:
         set_status(context, end)
     finally:
         session.close()
+
+
+def _reply_to(session: Session, message: bytes) -> bytes:
+    ticket = session.accept(message)
+    ticket.wait()
+    return session.reply(ticket)
 
 
 class ClientStream:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import grpc
 
@@ -50,23 +51,32 @@ def set_status(context: grpc.ServicerContext, end: StreamEnd) -> None:
     context.set_details(end.details)
 
 
+class Transport(Protocol):
+    """A gear's end of a stream that no thread waits for."""
+
+    def send_reply(self, ticket: _core.Ticket) -> None:
+        """The ticket has ended."""
+
+    def end(self, end: StreamEnd) -> None:
+        """The batcher takes no more requests."""
+
+
 class Session:
     """One caller's stream. A gear calls `accept` for a message, then `reply` for its ended ticket, then `replied`.
 
     A gear that finds the stream ended calls `close`, at any moment and from any thread.
 
-    on_reply_due: called with a ticket that ended, from the thread that delivers a batch.
-    on_shutdown: called to end the stream once the batcher takes no more requests.
-    A gear sets the two, unless a thread of its own waits for the ticket, and gRPC's stop of the server ends the stream.
+    transport: whom to tell; None in a gear whose thread waits for the ticket, and that leaves it to gRPC to end the
+        stream when the server stops.
+    busy: something is to be sent yet.
     """
 
+    transport: Transport | None = None
+
     def __init__(self, service: Service, context: grpc.ServicerContext) -> None:
-        self.on_reply_due: Callable[[_core.Ticket], None] = _nobody
-        self.on_shutdown: Callable[[StreamEnd], None] = _nobody
         self._service = service
         self._stream = service.room.open_stream(self)
         self._taken_in = 0
-        self._ticket: _core.Ticket | None = None  # of the last request
         self._uncounted: list[None] = []  # one for the request that was taken in and has no reply yet
         self.busy = False
         self._deadline_ns = _deadline_ns(context.time_remaining())
@@ -78,14 +88,13 @@ class Session:
         self._taken_in += 1
         self._uncounted.append(None)
         try:
-            self._ticket = self._stream.push(self._service.model.read_request(message), self._deadline_ns)
+            return self._stream.push(self._service.model.read_request(message), self._deadline_ns)
         except BadRequestError as error:
             raise self._refuse(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
         except _core.QueueFullError as error:
             raise self._refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{error} (max_queue_size)") from None
         except _core.RoomClosedError:
             raise self._refuse(grpc.StatusCode.UNAVAILABLE, _SHUTTING_DOWN) from None
-        return self._ticket
 
     def reply(self, ticket: _core.Ticket) -> bytes:
         """Return the message that answers a ticket that has ended. Raises StreamEnd."""
@@ -108,19 +117,25 @@ class Session:
         return reply
 
     def replied(self) -> None:
-        """The reply is out; the stream is between two requests."""
+        """The reply is on its way; the stream is between two requests."""
         self.busy = False
         self._service.session_changed()
 
     def shut_down(self) -> None:
         """The batcher takes no more requests, and has given up on those without an outcome."""
-        if self._ticket is not None and self._ticket.state == _core.CLOSED:
-            self.on_reply_due(self._ticket)
-        self.on_shutdown(StreamEnd(grpc.StatusCode.UNAVAILABLE, _SHUTTING_DOWN, self._taken_in))
+        transport = self.transport
+        if transport is None:
+            return
+        self.busy = True  # until the status is out; it goes behind a reply that is still on its way
+        if self._count_once():
+            transport.end(self._end(*_ENDS[_core.CLOSED]))
+        else:
+            transport.end(StreamEnd(grpc.StatusCode.UNAVAILABLE, _SHUTTING_DOWN, self._taken_in))
 
     def close(self) -> None:
         """The stream is over; a request of it that waits is dropped. May be called again."""
         self._stream.close()
+        self.transport = None  # it refers back to this session
         self.busy = False
         self._service.session_closed(self)
         if self._count_once():
@@ -214,10 +229,6 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         with self._changed:
             self._closing = True
             return self._changed.wait_for(holds, timeout_s)
-
-
-def _nobody(_what: object) -> None:
-    """The gear did not ask to be told."""
 
 
 def _deadline_ns(remaining_s: float | None) -> int | None:

@@ -6,9 +6,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
-from serving import connect, echo, in_background, serving
+from serving import answer, connect, echo, error_of, in_background, serving
 
 from grpc_batcher._callback import Failure, outcomes_of
 from grpc_batcher._delivery import Delivery
@@ -96,7 +97,11 @@ def test_a_reply_that_can_not_be_sent_does_not_stop_the_others() -> None:
             self.fails = fails
             self.delivered = False
 
-        def on_reply_due(self, ticket: Any) -> None:
+        @property
+        def transport(self) -> Owner:
+            return self
+
+        def send_reply(self, ticket: Any) -> None:
             if self.fails:
                 raise ValueError("broken")
             self.delivered = True
@@ -108,3 +113,32 @@ def test_a_reply_that_can_not_be_sent_does_not_stop_the_others() -> None:
     owners = [Owner(fails=True), Owner(fails=False)]
     Delivery(Room()).deliver([Ticket(owner) for owner in owners])  # type: ignore[arg-type, list-item]
     assert owners[1].delivered
+
+
+def test_a_callback_that_asks_its_own_batcher_runs_out_of_its_time_and_wedges_nothing() -> None:
+    """It runs alone, so nobody can answer it before it returns."""
+    codes = []
+
+    def ask_the_batcher_itself(requests: list[bytes]) -> Any:
+        if b"outer" in requests:
+            for _ in range(3):
+                codes.append(error_of(inner_client.send_request, b"inner", timeout_s=0.05).code())
+        return echo(requests)
+
+    with serving(ask_the_batcher_itself) as batcher, connect(batcher) as client, connect(batcher) as inner_client:
+        for _ in range(2):
+            assert client.send_request(b"outer") == answer(b"outer")
+            assert inner_client.send_request(b"after") == answer(b"after")
+        assert codes == [grpc.StatusCode.DEADLINE_EXCEEDED] * 6
+        assert batcher.metrics().batched_requests == 4
+
+
+def test_a_callback_may_ask_another_batcher() -> None:
+    with serving() as second, connect(second) as client_of_second:
+
+        def pass_on(requests: list[bytes]) -> Any:
+            return [client_of_second.send_request(data) for data in requests]
+
+        with serving(pass_on) as first, connect(first) as client:
+            asked = [in_background(client.send_request, b"%d" % number) for number in range(20)]
+            assert [request.result() for request in asked] == [answer(b"%d" % number) for number in range(20)]

@@ -6,8 +6,9 @@ import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from serving import (
     old_style_request,
     run_program,
     serving,
+    start_program,
 )
 
 from grpc_batcher import MukoeBatcherClient, RequestError, _direct, _gears
@@ -193,6 +195,47 @@ def test_where_grpcios_classes_are_made_otherwise_the_public_gear_serves(tmp_pat
     assert len([line for line in log if "WARNING" in line]) == 1
 
 
+@pytest.mark.parametrize(
+    "other_code",
+    [
+        # The account of outstanding operations is kept in another way,
+        """
+    import grpc._server
+    whole = grpc._server._possibly_finish_call
+    grpc._server._possibly_finish_call = lambda state, token: (None, ())
+    import grpc_batcher
+    grpc._server._possibly_finish_call = whole
+        """,
+        # or takes another argument, which shows itself in the polling thread only.
+        """
+    import grpc_batcher._direct
+    def changed(state, token, *, why): raise AssertionError
+    grpc_batcher._direct._possibly_finish_call = changed
+        """,
+        # An operation takes other parameters.
+        """
+    import types
+    import grpc_batcher._direct
+    changed = types.SimpleNamespace(**vars(grpc_batcher._direct.cygrpc))
+    changed.SendMessageOperation = lambda message: None
+    grpc_batcher._direct.cygrpc = changed
+        """,
+        # The channel beneath a channel has another name.
+        """
+    import inspect, textwrap
+    import grpc._channel
+    text = textwrap.dedent(inspect.getsource(grpc._channel.Channel)).replace("self._channel", "self._renamed")
+    exec(text, vars(grpc._channel))
+        """,
+    ],
+    ids=["account", "polling thread", "operation", "channel"],
+)
+def test_where_grpcio_behaves_otherwise_the_public_gear_takes_over(tmp_path: Path, other_code: str) -> None:
+    gears, log = request_program(tmp_path, break_grpcio=other_code)
+    assert gears == "public public"
+    assert len([line for line in log if "the public gear serves" in line]) == 1
+
+
 def test_where_opening_a_stream_behaves_otherwise_the_client_goes_on_in_the_public_gear(tmp_path: Path) -> None:
     other_parameters = """
     from grpc._cython import cygrpc
@@ -266,8 +309,9 @@ def test_an_error_in_the_polling_thread_ends_that_stream_alone(
         assert batcher.gear == "direct"
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["the first", "a later"])
 def test_a_reply_that_grpc_refuses_to_send_ends_that_stream_alone(
-    broken_streams: Callable[[str, Callable[..., Any]], None], caplog: pytest.LogCaptureFixture
+    broken_streams: Callable[[str, Callable[..., Any]], None], caplog: pytest.LogCaptureFixture, first: bool
 ) -> None:
     def start(whole: Callable[..., None], operations: tuple[Any, ...]) -> None:
         if len(operations) > 1 and refused:
@@ -278,7 +322,8 @@ def test_a_reply_that_grpc_refuses_to_send_ends_that_stream_alone(
     with serving() as batcher, connect(batcher) as client, connect(batcher) as other:
         refused: list[Any] = []
         other.send_request(b"before")
-        client.send_request(b"before")
+        if not first:
+            client.send_request(b"before")
         refused.append(_direct.cygrpc.ReceiveMessageOperation(0))
         error = error_of(client.send_request, b"refused")
         assert error.code() is grpc.StatusCode.INTERNAL
@@ -321,6 +366,34 @@ def test_a_handler_that_an_interceptor_wrapped_answers_and_ends_as_ever() -> Non
         assert old_style_request(address_of(batcher), b"\xff").code is grpc.StatusCode.INVALID_ARGUMENT
         assert interceptor.streams == 3
         assert interceptor.messages == 2 * 2 + 2 + 1  # requests and replies, also those of the direct gear's callers
+
+
+@pytest.mark.parametrize("kind", ["a function", "a function of anything", "a generator"])
+def test_an_interceptor_may_wrap_the_handler_by_functools(kind: str) -> None:
+    """functools.wraps copies what marks the handler of the direct gear, if that stands where it copies from."""
+
+    class Wraps(grpc.ServerInterceptor):  # type: ignore[misc]
+        def intercept_service(self, continuation: Callable[..., Any], details: grpc.HandlerCallDetails) -> Any:
+            inner = continuation(details).stream_stream
+
+            @wraps(inner)
+            def function(messages: Iterator[bytes], context: grpc.ServicerContext) -> Any:
+                return inner(messages, context)
+
+            @wraps(inner)
+            def function_of_anything(*arguments: Any, **options: Any) -> Any:
+                return inner(*arguments, **options)
+
+            @wraps(inner)
+            def generator(*arguments: Any) -> Any:
+                yield from inner(*arguments)
+
+            wrapped = {"a function": function, "a function of anything": function_of_anything, "a generator": generator}
+            return grpc.stream_stream_rpc_method_handler(wrapped[kind])
+
+    with serving(interceptors=(Wraps(),)) as batcher, connect(batcher) as client:
+        assert client.send_request(b"x") == ({"result": b"x"}, 0)
+        assert client.send_request(b"y") == ({"result": b"y"}, 0)
 
 
 def test_metadata_and_interceptors_of_the_client_reach_the_server() -> None:
@@ -380,6 +453,33 @@ def test_a_thousand_rounds_of_open_use_and_close_leave_nothing_behind() -> None:
         assert open_files() - files < 100  # a leak of one a round would be 1,000
         gc.collect()
         assert len(gc.get_objects()) - objects < 500  # a leak of one object a round would be 1,000
+
+
+IDLE_SERVER_PROGRAM = """
+    import sys, tracemalloc
+    from grpc_batcher import create_batcher
+
+    tracemalloc.start()
+    with create_batcher(
+        "repr", 1, 0.0, 0, batch_process_fn=lambda requests: [({"result": data[:9]}, 0) for data in requests]
+    ) as batcher:
+        print(batcher.port, flush=True)
+        for _ in sys.stdin:
+            print(tracemalloc.get_traced_memory()[0], flush=True)
+"""
+
+
+def test_an_idle_stream_does_not_keep_its_last_request(tmp_path: Path) -> None:
+    def held_bytes() -> int:
+        program.type_line("how much")
+        return int(program.read_line())
+
+    size = 4 * 2**20
+    with start_program(tmp_path, IDLE_SERVER_PROGRAM) as program:
+        address = f"127.0.0.1:{program.read_line()}"
+        with MukoeBatcherClient(address) as client, ThreadPoolExecutor(8) as threads:
+            list(threads.map(client.send_request, [bytes(size)] * 32))
+            eventually(lambda: held_bytes() < size)
 
 
 @pytest.mark.timeout(180)

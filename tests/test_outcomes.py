@@ -32,6 +32,7 @@ from serving import (
 )
 
 from grpc_batcher import MukoeBatcher, MukoeBatcherClient, RequestError
+from grpc_batcher._models import MODELS
 
 INTERNAL = grpc.StatusCode.INTERNAL
 INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT
@@ -662,6 +663,18 @@ def test_what_has_no_answer_when_the_grace_is_over_gets_unavailable(caplog: pyte
         [record] = caplog.records
         assert "2 requests" in record.getMessage()
         assert held.batches == [[b"in the callback"]]
+
+
+def test_a_large_answer_is_sent_to_its_end_while_the_batcher_closes() -> None:
+    size = 16 * 2**20  # more than gRPC sends before its reader reads
+    with serving(lambda requests: [({"result": bytes(size)}, 0)]) as batcher:
+        with old_style_call(address_of(batcher), MODELS["repr"].write_request({"data": b"x"})) as call:
+            eventually(lambda: batcher.metrics().requests.get("OK"))
+            shutdown = in_background(batcher.shutdown, grace_s=50)
+            with pytest.raises(TimeoutError):
+                shutdown.result(0.5)
+            assert len(next(call)) > size
+        shutdown.result()
 
 
 def test_old_style_requests_get_unavailable_while_the_batcher_closes() -> None:

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
-from serving import echo, finish_program, run_program, start_program
+from serving import echo, eventually, finish_program, run_program, start_program
 
 import grpc_batcher
-from grpc_batcher import Metrics, MukoeBatcher, MukoeBatcherClient, _core, create_batcher
+from grpc_batcher import Metrics, MukoeBatcher, MukoeBatcherClient, _batcher, _client, _core, create_batcher
 from grpc_batcher._proto import mukoe_batcher_pb2
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,8 +35,10 @@ TEXTS = {
         "docs/metrics.md",
         "docs/new-model.md",
         "docs/releasing.md",
+        "docs/reliability.md",
         "examples/README.md",
         "scripts/README.md",
+        "soak/README.md",
         "tests/README.md",
     )
 }
@@ -122,10 +124,17 @@ def test_the_examples_are_found() -> None:
     assert len(SERVER_EXAMPLES) == 1
 
 
+def catches(process: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    (mask,) = re.findall(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 def test_the_server_example_ends_with_status_0_on_sigterm(tmp_path: Path) -> None:
     program = start_program(tmp_path, SERVER_EXAMPLES[0])
     assert program.stdout is not None
     first_line = program.stdout.readline()
+    eventually(lambda: catches(program.pid, signal.SIGTERM) or program.poll() is not None)
     program.send_signal(signal.SIGTERM)
     status, _, errors = finish_program(program)
     assert re.fullmatch(r"serving on port [1-9]\d*\n", first_line), errors
@@ -251,7 +260,7 @@ def test_contributing_says_where_every_module_is() -> None:
     assert modules == {name for name in named if re.fullmatch(r"\w+\.(py|pyx|pyi)", name)}
 
 
-@pytest.mark.parametrize("folder", ["docker", "tests", "scripts"])
+@pytest.mark.parametrize("folder", ["docker", "tests", "scripts", "soak"])
 def test_the_readme_of_a_folder_has_a_line_for_each_file(folder: str) -> None:
     there = {entry.name + "/" * entry.is_dir() for entry in (ROOT / folder).iterdir() if entry.name[0] != "."}
     named = names_in_first_column(TEXTS[f"{folder}/README.md"])
@@ -269,6 +278,40 @@ def test_the_changelog_begins_with_the_version_of_the_package() -> None:
 def test_the_page_about_releases_has_ten_steps() -> None:
     steps = re.findall(r"^(\d+)\. ", TEXTS["docs/releasing.md"], re.M)
     assert steps == [str(number) for number in range(1, 11)]
+# ---- docs/reliability.md ----
+
+RELIABILITY = TEXTS["docs/reliability.md"]
+
+
+def test_every_test_that_the_page_about_reliability_names_is_there() -> None:
+    tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    named = {code for code in code_in(RELIABILITY) if code.startswith("test_")}
+    assert named
+    assert named <= set(re.findall(r"^def (test_\w+)\(", tests, re.MULTILINE))
+
+
+def test_every_promise_of_the_page_about_reliability_names_a_test() -> None:
+    for heading, table in re.findall(r"^(\| promise \|.*\n)((?:\|.*\n)+)", section_of_promises(), re.MULTILINE):
+        for promise, shown_by in rows(heading + table):
+            assert any(code.startswith("test_") for code in code_in(shown_by)), promise
+
+
+def section_of_promises() -> str:
+    return RELIABILITY.partition("\n## What is promised\n")[2].partition("\n## ")[0]
+
+
+def test_the_page_about_reliability_and_readme_say_the_bounds_that_keepalive_is_set_to() -> None:
+    server_s = _batcher._KEEPALIVE_INTERVAL_MS // 1000, _batcher._KEEPALIVE_TIMEOUT_MS // 1000
+    caller_s = _client._KEEPALIVE_INTERVAL_MS // 1000, _client._KEEPALIVE_TIMEOUT_MS // 1000
+    for bound_s, (interval_s, timeout_s) in ((sum(server_s), server_s), (sum(caller_s), caller_s)):
+        (row,) = [
+            row for row in rows(section("Hosts that vanish without a word", RELIABILITY)) if row[1] == f"{bound_s} s"
+        ]
+        assert row[2].startswith(f"pings after {interval_s} s of silence, waits {timeout_s} s")
+    limits = " ".join(section("Limits").split())
+    assert f"a caller's, by the server, within {sum(server_s)} seconds" in limits
+    assert f"within {caller_s[1]} seconds if a request is on its way to it, else within {sum(caller_s)}" in limits
+    assert f"({_batcher._LEAST_CALLERS_INTERVAL_MS // 1000} seconds at the least" in limits
 
 
 # ---- docs/new-model.md ----

@@ -1,0 +1,150 @@
+"""Runs the core's tests in a build with a sanitizer, and then sees that it finds faults that are planted.
+
+Only the native modules are instrumented. What a plain Python does between them is not seen, but its locks are: the
+sanitizer's runtime, which is preloaded, takes part in every pthread call and in every malloc of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNTIMES = {"thread": ["libtsan.so"], "address": ["libasan.so", "libubsan.so"]}
+TESTS = ["test_core.py", "test_core_threads.py", "test_core_machine.py", "test_wire.py"]
+
+ENVIRONMENT = {
+    # Children are forked to be replaced at once by another program.
+    "TSAN_OPTIONS": "halt_on_error=1:die_after_fork=0",
+    # Python leaves much allocated when it ends; what is kept of ours, other tests look for.
+    "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:strict_string_checks=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+}
+# With Python's own allocator, objects share blocks that the sanitizer takes for one piece of memory.
+MALLOC = {"thread": "pymalloc", "address": "malloc"}
+
+
+class Plant(NamedTuple):
+    """A fault: a line of a module, what takes its place, a test that comes by, and what the sanitizer says."""
+
+    module: str
+    line: str
+    instead: str
+    test: str
+    report: str
+
+
+PLANTS = {
+    "thread": [
+        Plant(  # a counter is read without the mutex
+            "_core.pyx",
+            "        self._enter()\n        cdef int64_t value = field[0]\n        self._leave()\n",
+            "        cdef int64_t value = field[0]\n",
+            "test_core_threads.py::test_a_taker_wakes_when_the_batch_gets_full",
+            "ThreadSanitizer: data race",
+        ),
+    ],
+    "address": [
+        Plant(  # the ring is one slot short
+            "_core.pyx",
+            "PyMem_Malloc(size * sizeof(ticket_t *))",
+            "PyMem_Malloc((size - 1) * sizeof(ticket_t *))",
+            "test_core.py::test_no_more_than_capacity_requests_may_wait",
+            "AddressSanitizer: heap-buffer-overflow",
+        ),
+        Plant(  # a ticket that left is dropped twice
+            "_core.pyx",
+            "        if left_the_ring:\n            Py_DECREF(<Ticket>ticket.owner)\n",
+            "        if left_the_ring:\n            Py_DECREF(<Ticket>ticket.owner)\n            Py_DECREF(<Ticket>ticket.owner)\n",
+            "test_core.py::test_a_waiting_request_leaves_with_its_stream",
+            "AddressSanitizer: heap-use-after-free",
+        ),
+        Plant(  # a length is believed
+            "_wire.pyx",
+            " or value > <uint64_t>(end - at[0])",
+            " or value > <uint64_t>(end - at[0] + 64)",
+            "test_wire.py::test_any_request_means_to_us_what_it_means_to_protobuf",
+            "AddressSanitizer: heap-buffer-overflow",
+        ),
+        Plant(  # a varint is shifted too far
+            "_wire.pyx",
+            "while at[0] < end and shift < 64:",
+            "while at[0] < end and shift < 80:",
+            "test_wire.py::test_any_request_means_to_us_what_it_means_to_protobuf",
+            "runtime error: shift exponent",
+        ),
+    ],
+}
+
+
+def build(source: Path, sanitizer: str, target: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", target, source],
+        env={**os.environ, "GRPC_BATCHER_SANITIZE": sanitizer},
+        check=True,
+    )
+
+
+def run_tests(package: Path, sanitizer: str, tests: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+    runtimes = [
+        subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in RUNTIMES[sanitizer]
+    ]
+    # No capture: the sanitizer ends the process, and its report would be lost.
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-o", "timeout=300", *tests]
+    return subprocess.run(
+        command,
+        cwd=ROOT / "tests",
+        env={
+            **os.environ,
+            **ENVIRONMENT,
+            "LD_PRELOAD": ":".join(runtimes),
+            "PYTHONMALLOC": MALLOC[sanitizer],
+            "PYTHONPATH": str(package),
+        },
+        text=True,
+        check=False,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def finds(plant: Plant, sanitizer: str) -> bool:
+    """Whether the sanitizer reports a planted fault."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"
+        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.so", "*.c", "tests"))
+        module = source / "grpc_batcher" / plant.module
+        text = module.read_text()
+        if text.count(plant.line) != 1:
+            raise ValueError(f"{plant.module} has {plant.line!r} {text.count(plant.line)} times; a plant needs it once")
+        module.write_text(text.replace(plant.line, plant.instead))
+        build(source, sanitizer, Path(folder) / "package")
+        ran = run_tests(
+            Path(folder) / "package", sanitizer, [plant.test], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+    found = ran.returncode != 0 and plant.report in ran.stdout
+    print(f"{'found' if found else 'NOT FOUND'}: {plant.instead.strip()!r} in {plant.module}", flush=True)
+    if not found:
+        print(ran.stdout)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sanitizer", choices=tuple(RUNTIMES))
+    sanitizer = parser.parse_args().sanitizer
+    package = ROOT / "build" / sanitizer / "package"
+    build(ROOT, sanitizer, package)
+    status = run_tests(package, sanitizer, TESTS).returncode
+    all_found = all([finds(plant, sanitizer) for plant in PLANTS[sanitizer]])
+    return status or not all_found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

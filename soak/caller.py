@@ -1,0 +1,226 @@
+"""A process of callers: threads that come, send some requests, check what becomes of each, and go."""
+
+from __future__ import annotations
+
+import array
+import itertools
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import grpc
+from child import Faults, obey, set_up
+from traffic import (
+    COUNT_BITS,
+    ENDS,
+    MAX_MESSAGE_BYTES,
+    MIN_BYTES,
+    SHARES,
+    TOO_LARGE_BYTES,
+    Kind,
+    Request,
+    is_asked_for,
+    name_of,
+    random_size,
+    step_of,
+    what_is_wrong,
+    write_request,
+)
+
+from grpc_batcher import MukoeBatcherClient, RequestError
+
+MAX_REQUESTS_A_THREAD = 60
+MAX_PAUSE_S = 0.03
+PROBE_PAUSE_S = 0.01
+
+# A request without a short time limit that has no outcome after so long never gets one.
+LOST_S = 30.0
+
+
+class Target(NamedTuple):
+    """A server.
+
+    restarts: it may be away, and then its callers get UNAVAILABLE.
+    breaks: so may any, as connections to it break.
+    """
+
+    model: str
+    address: str
+    restarts: bool = False
+    breaks: bool = False
+
+
+class Load(NamedTuple):
+    """What a process of callers does.
+
+    is_probe: only small plain requests, at an even pace, and how long each took.
+    """
+
+    threads: int
+    is_probe: bool = False
+
+
+class Callers:
+    def __init__(self, number: int, targets: list[Target], load: Load, seed: str, faults: Faults) -> None:
+        self._number = number
+        self._targets = targets
+        self._clients = {target: _connect(target) for target in targets}
+        self._load = load
+        self._seed = seed
+        self._faults = faults
+        self._counts = itertools.count()
+        self._names = itertools.count()
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()  # of all below
+        self._threads: set[threading.Thread] = set()
+        self._in_flight: dict[int, tuple[int, Kind]] = {}
+        self._begun = 0
+        self._ends: Counter[str] = Counter()
+        self._unavailable: list[tuple[int, int, int]] = []
+        self._latencies_ms = array.array("d")
+        for _ in range(load.threads):
+            self._start_thread()
+
+    # ---- what run.py asks for ----
+
+    def sample(self) -> dict[str, Any]:
+        with self._lock:
+            now_ns = time.monotonic_ns()
+            oldest_s = max((now_ns - begin_ns for begin_ns, _ in self._in_flight.values()), default=0) / 1e9
+            unavailable, self._unavailable = self._unavailable, []
+            latencies_ms, self._latencies_ms = self._latencies_ms, array.array("d")
+            return {
+                "begun": self._begun,
+                "ends": dict(self._ends),
+                "in_flight": len(self._in_flight),
+                "oldest_s": oldest_s,
+                "unavailable": unavailable,
+                "latencies_ms": latencies_ms,
+            }
+
+    def stop(self) -> dict[str, Any]:
+        """Let each thread end its request, and close the clients."""
+        self._stopping.set()
+        limit_s = time.monotonic() + LOST_S
+        while self._threads and time.monotonic() < limit_s:
+            time.sleep(0.01)
+        with self._lock:
+            for number, (begin_ns, kind) in self._in_flight.items():
+                age_s = (time.monotonic_ns() - begin_ns) / 1e9
+                self._faults.report(f"{name_of(number)} ({kind.name}) has no outcome after {age_s:.0f} s")
+        for client in self._clients.values():
+            client.close()
+        return self.sample()
+
+    # ---- the threads ----
+
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._live, args=(next(self._names),), daemon=True)
+        with self._lock:
+            self._threads.add(thread)
+        thread.start()
+
+    def _live(self, name: int) -> None:
+        chance = random.Random(f"{self._seed}/{self._number}/{name}")
+        try:
+            for _ in range(chance.randint(1, MAX_REQUESTS_A_THREAD)):
+                if self._stopping.is_set():
+                    break
+                self._ask(chance)
+                time.sleep(PROBE_PAUSE_S if self._load.is_probe else chance.random() * MAX_PAUSE_S)
+        finally:
+            if not self._stopping.is_set():
+                self._start_thread()
+            with self._lock:
+                self._threads.discard(threading.current_thread())
+
+    def _ask(self, chance: random.Random) -> None:
+        target = chance.choice(self._targets)
+        kind = Kind.PLAIN if self._load.is_probe else chance.choices(list(SHARES), list(SHARES.values()))[0]
+        number = self._number << COUNT_BITS | next(self._counts)
+        size = self._size(kind, chance)
+        payload = write_request(Request(number, kind), size, chance)
+        begin_ns = time.monotonic_ns()
+        with self._lock:
+            self._begun += 1
+            self._in_flight[number] = begin_ns, kind
+        code, wrong = self._outcome(target, number, kind, payload, chance)
+        end_ns = time.monotonic_ns()
+        with self._lock:
+            del self._in_flight[number]
+            self._ends[code] += 1
+            if code == grpc.StatusCode.UNAVAILABLE.name and target.restarts:
+                self._unavailable.append((number, begin_ns, end_ns))
+            if code == grpc.StatusCode.OK.name and self._load.is_probe:
+                self._latencies_ms.append((end_ns - begin_ns) / 1e6)
+        if wrong is not None:
+            self._faults.report(f"{name_of(number)} ({kind.name}, {size} bytes, to {target.model}) {wrong}")
+
+    def _size(self, kind: Kind, chance: random.Random) -> int:
+        if kind is Kind.TOO_LARGE:
+            return TOO_LARGE_BYTES
+        return MIN_BYTES if self._load.is_probe else random_size(chance)
+
+    def _outcome(
+        self, target: Target, number: int, kind: Kind, payload: bytes, chance: random.Random
+    ) -> tuple[str, str | None]:
+        """Send a request. Returns the name of the status it ended with, and what is wrong with that or None."""
+        arguments: dict[str, Any] = {"timeout_s": chance.choice([None, 2 * LOST_S])}
+        if kind is Kind.HURRIED:
+            arguments["timeout_s"] = 10 ** chance.uniform(-4, -1)
+        if (target.model == "dyna") != (kind is Kind.WRONG_MODEL):
+            arguments["action"] = step_of(number)
+        client = self._clients[target]
+        try:
+            if kind is Kind.CANCELLED:
+                answer = _send_and_close(target, payload, arguments, chance)
+            else:
+                answer = client.send_request(payload, **arguments)
+        except RequestError as error:
+            return error.code().name, self._wrong_end(target, number, kind, error)
+        if answer is None:
+            return "NOT_SENT", None
+        if grpc.StatusCode.OK not in ENDS[kind]:
+            return grpc.StatusCode.OK.name, "was answered"
+        return grpc.StatusCode.OK.name, what_is_wrong(answer, number, payload)
+
+    def _wrong_end(self, target: Target, number: int, kind: Kind, error: RequestError) -> str | None:
+        code, details = error.code(), error.details()
+        if code is grpc.StatusCode.INTERNAL and is_asked_for(details, number):
+            return None
+        if code is grpc.StatusCode.UNAVAILABLE and (target.restarts or target.breaks):
+            return None  # run.py knows whether a server that restarts was away
+        if code in ENDS[kind] and code is not grpc.StatusCode.INTERNAL:
+            return None
+        return f"ended with {code.name}: {details}"
+
+
+def _connect(target: Target) -> MukoeBatcherClient:
+    return MukoeBatcherClient(target.address, max_message_bytes=MAX_MESSAGE_BYTES)
+
+
+def _send_and_close(
+    target: Target, payload: bytes, arguments: Mapping[str, Any], chance: random.Random
+) -> tuple[dict[str, bytes], int] | None:
+    """Send with a client that another thread closes meanwhile. Returns None if it was closed before."""
+    client = _connect(target)
+    closing = threading.Timer(chance.random() * 0.02, client.close)
+    closing.start()
+    try:
+        return client.send_request(payload, **arguments)
+    except RuntimeError:
+        return None
+    finally:
+        closing.join()
+
+
+def call(pipe: Connection, number: int, targets: list[Target], load: Load, seed: str) -> None:
+    """The process: its callers go on until it is told to stop."""
+    faults = set_up()
+    callers = Callers(number, targets, load, seed, faults)
+    pipe.send({})
+    obey(pipe, faults, {"sample": callers.sample, "stop": callers.stop})

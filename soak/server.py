@@ -1,0 +1,96 @@
+"""A server process. Its callback checks what it gets, tells run.py the numbers it saw, and fails when asked to."""
+
+from __future__ import annotations
+
+import array
+import random
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+from child import Faults, obey, set_up
+from traffic import MAX_MESSAGE_BYTES, REFUSED, AskedForError, Kind, answer_to, name_of, read_request, step_of
+
+from grpc_batcher import BindError, MukoeBatcher, create_batcher
+
+BATCH_SIZE = 8
+WINDOW_S = 0.002
+MAX_CALLBACK_S = 0.003
+
+# After a restart the port is free again at once, unless another program's connection has it just then.
+_BIND_ATTEMPTS = 100
+_BIND_PAUSE_S = 0.1
+
+
+class Callback:
+    """seen: where the numbers of each batch go before anything else; what is in that pipe outlives this process."""
+
+    def __init__(self, seen: Connection, faults: Faults, seed: str) -> None:
+        self._seen = seen
+        self._faults = faults
+        self._chance = random.Random(seed)
+
+    def __call__(self, batch: list[Any]) -> list[Any]:
+        payloads = [each[0] if isinstance(each, tuple) else each for each in batch]
+        try:
+            requests = [read_request(payload) for payload in payloads]
+        except Exception as error:
+            self._faults.report(f"the callback got something broken: {error!r}")
+            raise
+        self._seen.send_bytes(array.array("Q", [request.number for request in requests]))
+        for request, item in zip(requests, batch, strict=True):
+            if request.kind in REFUSED:
+                self._faults.report(f"the callback got {name_of(request.number)}, a {request.kind.name} to be refused")
+            if isinstance(item, tuple) and item[1] != step_of(request.number):
+                self._faults.report(f"{name_of(request.number)} came with the action {item[1]} of another request")
+        time.sleep(self._chance.random() * MAX_CALLBACK_S)
+        if any(request.kind is Kind.RAISING for request in requests):
+            raise AskedForError(*(request.number for request in requests))
+        return [
+            AskedForError(request.number) if request.kind is Kind.FAILING else answer_to(request.number, payload)
+            for request, payload in zip(requests, payloads, strict=True)
+        ]
+
+
+def serve(pipe: Connection, seen: Connection, model: str, port: int, seed: str) -> None:
+    """The process: serves until it is told to stop. port: 0 for one of the system's choice."""
+    faults = set_up()
+    batcher = _start(model, port, Callback(seen, faults, seed))
+
+    def sample() -> dict[str, Any]:
+        metrics = batcher.metrics()
+        return {
+            "batched": metrics.batched_requests,
+            "waiting": metrics.waiting,
+            "open_streams": metrics.open_streams,
+            "mean_batch_size": metrics.mean_batch_size,
+        }
+
+    def stop(grace_s: float) -> dict[str, Any]:
+        batcher.shutdown(grace_s)
+        return sample()
+
+    pipe.send({"port": batcher.port, "gear": batcher.gear})
+    obey(pipe, faults, {"sample": sample, "stop": stop})
+
+
+def _start(model: str, port: int, callback: Callback) -> MukoeBatcher:
+    for attempt in range(_BIND_ATTEMPTS):
+        batcher = create_batcher(
+            model,
+            BATCH_SIZE,
+            WINDOW_S,
+            port,
+            batch_process_fn=callback,
+            host="127.0.0.1",
+            max_message_bytes=MAX_MESSAGE_BYTES,
+        )
+        try:
+            batcher.start()
+        except BindError:
+            if attempt == _BIND_ATTEMPTS - 1:
+                raise
+            time.sleep(_BIND_PAUSE_S)
+        else:
+            return batcher
+    raise AssertionError("not reached")

@@ -1,0 +1,80 @@
+"""What decides whether a long-lived process stayed as it was.
+
+The first fifth of the run, 5 minutes of it at most, is warm-up and left out. What remains is cut into equal parts, and
+the last is compared with the first: fifths by their medians for what a process uses, tenths for how long answers take.
+Machines are noisy, so the limits are wide; a leak is found by a longer run.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+MAX_WARM_UP_S = 300.0
+
+Series = Sequence[tuple[float, float]]  # (when in s, value)
+
+
+class Limit(NamedTuple):
+    """How much the last part may exceed the first: so many times it, plus so much. Both count."""
+
+    factor: float
+    plus: float
+
+    def exceeded(self, first: float, last: float) -> bool:
+        return last > first * self.factor + self.plus
+
+
+# memory: glibc keeps what it freed for other sizes. blocks: of Python's allocator; 10 to 100 for a request in flight.
+RESOURCES = {
+    "memory_bytes": Limit(1.25, 32 << 20),
+    "blocks": Limit(1.1, 20_000),
+    "threads": Limit(1.25, 8),
+    "files": Limit(1.25, 16),
+}
+LATENCIES_MS = {"p50": (0.50, Limit(5, 10)), "p99": (0.99, Limit(10, 100))}
+
+
+class Comparison(NamedTuple):
+    name: str
+    first: float
+    last: float
+    limit: Limit
+
+    @property
+    def failed(self) -> bool:
+        return self.limit.exceeded(self.first, self.last)
+
+
+def parts(series: Series, begin_s: float, end_s: float, count: int) -> list[list[float]]:
+    """The values after the warm-up, in so many parts of equal time."""
+    begin_s += min((end_s - begin_s) / 5, MAX_WARM_UP_S)
+    cut: list[list[float]] = [[] for _ in range(count)]
+    for at_s, value in series:
+        if begin_s <= at_s <= end_s:
+            cut[min(int((at_s - begin_s) / (end_s - begin_s) * count), count - 1)].append(value)
+    return cut
+
+
+def compare_use(name: str, series: Series, begin_s: float, end_s: float, limit: Limit) -> Comparison | None:
+    """None if there is too little to compare."""
+    first, *_, last = parts(series, begin_s, end_s, 5)
+    if not first or not last:
+        return None
+    return Comparison(name, statistics.median(first), statistics.median(last), limit)
+
+
+def compare_latency(series: Series, begin_s: float, end_s: float) -> list[Comparison]:
+    first, *_, last = parts(series, begin_s, end_s, 10)
+    if not first or not last:
+        return []
+    return [
+        Comparison(name, percentile(first, share), percentile(last, share), limit)
+        for name, (share, limit) in LATENCIES_MS.items()
+    ]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(int(len(ordered) * share), len(ordered) - 1)]

@@ -1,0 +1,96 @@
+"""A gRPC caller made by hand over a bare socket, which does what no gRPC library would."""
+
+from __future__ import annotations
+
+import socket
+from collections import defaultdict
+
+import h2.config
+import h2.connection
+import h2.events
+from serving import METHOD
+
+_HEADERS = (
+    (":method", "POST"),
+    (":scheme", "http"),
+    (":path", METHOD),
+    (":authority", "localhost"),
+    ("te", "trailers"),
+    ("content-type", "application/grpc"),
+)
+
+
+def message_head(length: int, *, compressed: int = 0) -> bytes:
+    """What stands before each message of gRPC's: whether it is compressed, and its length."""
+    return bytes((compressed,)) + length.to_bytes(4, "big")
+
+
+class HandmadeCaller:
+    """One connection. Leaving it as a context manager closes it without a farewell.
+
+    It takes 64 KiB of answers, and never asks for more.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port))
+        self._connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+        self._connection.initiate_connection()
+        self._statuses: dict[int, tuple[str, str]] = {}
+        self.received_bytes: defaultdict[int, int] = defaultdict(int)
+        self._flush()
+
+    def __enter__(self) -> HandmadeCaller:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def open_stream(self) -> int:
+        """Open a stream, and send nothing on it; its number."""
+        number = self._connection.get_next_available_stream_id()
+        self._connection.send_headers(number, _HEADERS)
+        self._flush()
+        return number
+
+    def send(self, stream: int, data: bytes, *, end: bool = False) -> None:
+        """Send bytes as they are, a few KB at the most."""
+        self._connection.send_data(stream, data, end_stream=end)
+        self._flush()
+
+    def status(self, stream: int) -> tuple[str, str]:
+        """Wait until the server has ended a stream; the number of its gRPC status, and what it says."""
+        while stream not in self._statuses:
+            self._receive()
+        return self._statuses[stream]
+
+    def wait_for_statuses(self, count: int) -> list[tuple[str, str]]:
+        """Wait until the server has ended so many streams; their statuses."""
+        while len(self._statuses) < count:
+            self._receive()
+        return list(self._statuses.values())
+
+    def wait_for_bytes(self, stream: int, count: int) -> None:
+        """Wait until so many bytes of answers came on a stream."""
+        while self.received_bytes[stream] < count:
+            self._receive()
+
+    def _receive(self) -> None:
+        data = self._socket.recv(65536)
+        if not data:
+            raise ConnectionError("the server closed the connection")
+        for event in self._connection.receive_data(data):
+            if isinstance(event, (h2.events.ResponseReceived, h2.events.TrailersReceived)):
+                assert event.stream_id is not None
+                headers = dict(event.headers or ())
+                if "grpc-status" in headers:
+                    self._statuses[event.stream_id] = headers["grpc-status"], headers.get("grpc-message", "")
+            elif isinstance(event, h2.events.DataReceived):
+                assert event.stream_id is not None
+                self.received_bytes[event.stream_id] += len(event.data or b"")
+            elif isinstance(event, h2.events.StreamReset):
+                assert event.stream_id is not None
+                self._statuses.setdefault(event.stream_id, ("reset", str(event.error_code)))
+        self._flush()
+
+    def _flush(self) -> None:
+        self._socket.sendall(self._connection.data_to_send())

@@ -1,0 +1,194 @@
+"""Callers that are killed, cancel or run out of time while others go on, with an account of every request.
+
+GRPC_BATCHER_TRIALS=20 in the environment makes these trials twenty times as long.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accounting import LENGTH, Ledger, ask_until_killed, name_in, start_process
+from serving import Held, address_of, connect, eventually, in_background, serving
+
+from grpc_batcher import MukoeBatcherClient
+from grpc_batcher._service import Session
+
+
+@contextmanager
+def others_asking(ledger: Ledger, client: MukoeBatcherClient, threads: int) -> Iterator[None]:
+    """Threads that ask one request after the other; each of them has to be answered to the end."""
+    over = threading.Event()
+    callers = [
+        in_background(ledger.keep_asking, client, f"other-{number}", over.is_set, extra_bytes=100 * number)
+        for number in range(threads)
+    ]
+    try:
+        yield
+    finally:
+        over.set()
+    for caller in callers:
+        caller.result()
+
+
+def wait_for_answers(ledger: Ledger, count: int) -> None:
+    enough = ledger.answers + count
+    eventually(lambda: ledger.answers >= enough)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+KILLED_AT_ONCE, KILLED_IN_ALL, THEIR_BYTES = 20, 200 * LENGTH, 300_000
+
+
+@pytest.mark.timeout(300 * LENGTH)
+def test_200_callers_killed_at_random_moments_leave_nothing_behind_and_others_their_answers(tmp_path: Path) -> None:
+    """A leak of a request, a stream, a file or a thread per caller would be seen."""
+    moments, others = random.Random(1), 4
+    ledger, killed = Ledger(tmp_path / "ledger"), set()
+
+    def round_of_killing(name: str) -> None:
+        names = [f"{name}-{number}" for number in range(KILLED_AT_ONCE)]
+        victims = [start_process(ask_until_killed, ledger, address_of(batcher), each, THEIR_BYTES) for each in names]
+        eventually(lambda: batcher.metrics().open_streams == others + KILLED_AT_ONCE)
+        for victim in victims:
+            wait_for_answers(ledger, moments.randrange(4))
+            victim.kill()
+        for victim in victims:
+            victim.join()
+            victim.close()
+        eventually(lambda: batcher.metrics().open_streams == others)
+        ledger.note_gone(names)
+        killed.update(names)
+
+    with (
+        serving(ledger.callback, batch_timeout_s=0.001) as batcher,
+        connect(batcher) as client,
+        others_asking(ledger, client, others),
+    ):
+        for number in range(2):
+            round_of_killing(f"first-{number}")
+        gc.collect()
+        threads, files, objects, resident = (
+            threading.active_count(),
+            open_files(),
+            len(gc.get_objects()),
+            resident_bytes(),
+        )
+        for number in range(KILLED_IN_ALL // KILLED_AT_ONCE):
+            round_of_killing(f"killed-{number}")
+        gc.collect()
+        assert batcher.metrics().waiting <= others
+        eventually(lambda: threading.active_count() <= threads)
+        eventually(lambda: open_files() <= files + KILLED_AT_ONCE)
+        assert len(gc.get_objects()) - objects < KILLED_IN_ALL
+        assert resident_bytes() - resident < KILLED_IN_ALL * THEIR_BYTES / 2
+    account = ledger.account(killed=killed)
+    assert account.failed == {}
+    eventually(lambda: batcher.metrics().open_streams == 0)
+
+
+def test_callers_that_leave_while_they_wait_never_reach_the_callback_and_the_others_are_answered(
+    tmp_path: Path,
+) -> None:
+    """Half of those that leave run out of time, the others have their client closed."""
+    ledger, each_kind = Ledger(tmp_path / "ledger"), 12
+
+    def round_of_leaving(round_name: str) -> None:
+        others = [in_background(ledger.ask, client, f"first-{round_name}/1")]
+        eventually(lambda: held.batches)
+        leavers = []
+        for number in range(each_kind):
+            others.append(in_background(ledger.ask, client, f"stays-{round_name}-{number}/1", timeout_s=1000))
+            timeout_s = 0.02 if number % 2 else None
+            leavers.append(in_background(ledger.ask, leaver, f"leaves-{round_name}-{number}/1", timeout_s=timeout_s))
+        eventually(lambda: sum(request.done() for request in leavers) == each_kind // 2)
+        eventually(lambda: batcher.metrics().waiting == each_kind + each_kind // 2)
+        leaver.close()
+        assert [request.result() for request in leavers] == [False] * each_kind
+        eventually(lambda: batcher.metrics().waiting == each_kind)
+        ledger.note_gone(f"leaves-{round_name}-{number}/1" for number in range(each_kind))
+        held.release(float("inf"))
+        assert [request.result() for request in others] == [True] * (1 + each_kind)
+
+    for number in range(10 * LENGTH):
+        with (
+            Held(ledger.callback) as held,
+            serving(held, batch_size=5, batch_timeout_s=0.001) as batcher,
+            connect(batcher) as client,
+            connect(batcher) as leaver,
+        ):
+            round_of_leaving(f"{number}")
+    account = ledger.account(failures={"DEADLINE_EXCEEDED", "CANCELLED"})
+    assert {name for batch in account.batches for name in batch} == set(account.answered)
+    assert set(account.failed.values()) == {"DEADLINE_EXCEEDED", "CANCELLED"}
+
+
+def test_time_limits_that_pass_at_any_moment_under_load_harm_nobody_else(tmp_path: Path) -> None:
+    """The limits are about as long as an answer takes, so they pass on the way, in the queue, in the callback."""
+    ledger = Ledger(tmp_path / "ledger")
+
+    def hurry(caller: int) -> None:
+        limits = random.Random(caller)
+        for number in range(150 * LENGTH):
+            ledger.ask(client, f"hurries-{caller}/{number}", timeout_s=limits.uniform(1e-4, 8e-3))
+
+    with (
+        serving(ledger.callback, batch_timeout_s=0.002) as batcher,
+        connect(batcher) as client,
+        connect(batcher) as other_client,
+        others_asking(ledger, other_client, 4),
+    ):
+        for caller in [in_background(hurry, caller) for caller in range(4)]:
+            caller.result()
+    account = ledger.account(failures={"DEADLINE_EXCEEDED"})
+    assert account.failed
+    assert [name for name in account.failed if not name.startswith("hurries")] == []
+
+
+def test_under_load_requests_reach_the_callback_in_the_order_in_which_they_came_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was wholly in before another began to come in is never behind it; a stream's own come one by one."""
+    ticks = itertools.count()
+    came: dict[str, tuple[int, int]] = {}
+    accept = Session.accept
+
+    def note_and_accept(session: Session, message: bytes) -> Any:
+        begin = next(ticks)
+        ticket = accept(session, message)
+        came[name_in(ticket.request)] = begin, next(ticks)
+        return ticket
+
+    monkeypatch.setattr(Session, "accept", note_and_accept)
+    ledger = Ledger(tmp_path / "ledger")
+    with (
+        serving(ledger.callback, batch_size=5, batch_timeout_s=0.001) as batcher,
+        connect(batcher) as client,
+        others_asking(ledger, client, 16),
+    ):
+        wait_for_answers(ledger, 2000 * LENGTH)
+    in_order = [name for batch in ledger.account().batches for name in batch]
+    latest_begin = -1
+    last_of: dict[str, int] = {}
+    for name in in_order:
+        begin, end = came[name]
+        assert end > latest_begin, f"{name} was in before another came, which reached the callback before it"
+        latest_begin = max(latest_begin, begin)
+        caller, _, number = name.rpartition("/")
+        assert int(number) == last_of.get(caller, 0) + 1
+        last_of[caller] = int(number)

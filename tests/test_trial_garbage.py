@@ -1,0 +1,278 @@
+"""Peers that send garbage, announce what they never send, or take nothing: a clear end for them, nothing for others."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import grpc
+import pytest
+from google.protobuf.message import DecodeError
+from http2 import HandmadeCaller, message_head
+from serving import METHOD, Held, address_of, answer, connect, error_of, eventually, in_callback, serving, waiting
+
+from grpc_batcher import MukoeBatcher, MukoeBatcherClient
+from grpc_batcher._models import MODELS
+from grpc_batcher._proto.mukoe_batcher_pb2 import MukoeRequest
+
+REQUEST = MODELS["repr"].write_request({"data": b"hi"})
+
+GRPC_VERSION = tuple(int(part) for part in grpc.__version__.split(".")[:2])
+
+# Numbers of gRPC's statuses, as they travel.
+OK, CANCELLED, RESOURCE_EXHAUSTED = "0", "1", "8"
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+@contextmanager
+def unharmed_neighbours(**options: int) -> Iterator[MukoeBatcher]:
+    """A batcher with a request in the callback, and one that waits, which are answered after the test's block.
+
+    A new caller is, too.
+    """
+    with Held() as held, serving(held, **options) as batcher, connect(batcher) as client:
+        neighbours = [in_callback(held, client, b"in the callback"), waiting(batcher, client.send_request, b"waits")]
+        yield batcher
+        eventually(lambda: batcher.metrics().open_streams == len(neighbours))
+        held.release(float("inf"))
+        assert [each.result() for each in neighbours] == [answer(b"in the callback"), answer(b"waits")]
+        with connect(batcher) as another:
+            assert another.send_request(b"after") == answer(b"after")
+        assert [data for batch in held.batches for data in batch] == [b"in the callback", b"waits", b"after"]
+
+
+# ---- messages ----
+
+
+@pytest.mark.parametrize("announced_bytes", [2**31 - 1, 2**31, 2**32 - 1])
+def test_a_message_of_gigabytes_takes_no_memory_as_it_is_announced(announced_bytes: int) -> None:
+    """Newer gRPC refuses it at once, older once it is wholly in."""
+    before = resident_bytes()
+    with unharmed_neighbours() as batcher, HandmadeCaller(batcher.port) as caller:
+        stream = caller.open_stream()
+        caller.send(stream, message_head(announced_bytes) + bytes(1000))
+        if GRPC_VERSION >= (1, 85):
+            number, text = caller.status(stream)
+            assert number == RESOURCE_EXHAUSTED
+            assert str(announced_bytes) in text
+        else:
+            eventually(lambda: batcher.metrics().open_streams == 3)
+        assert resident_bytes() - before < 100_000_000
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(message_head(len(REQUEST), compressed=255) + REQUEST, id="a kind that is none"),
+        pytest.param(message_head(len(REQUEST)) + REQUEST[:-1], id="shorter than announced"),
+        pytest.param(message_head(len(REQUEST))[:3], id="not even announced"),
+    ],
+)
+def test_a_message_that_grpc_can_not_take_apart_ends_its_stream_without_an_answer(sent: bytes) -> None:
+    with unharmed_neighbours() as batcher, HandmadeCaller(batcher.port) as caller:
+        stream = caller.open_stream()
+        caller.send(stream, sent, end=True)
+        caller.status(stream)
+        assert caller.received_bytes[stream] == 0
+
+
+def test_a_message_that_comes_byte_by_byte_is_answered() -> None:
+    with serving() as batcher, HandmadeCaller(batcher.port) as caller:
+        stream = caller.open_stream()
+        for byte in message_head(len(REQUEST)) + REQUEST:
+            caller.send(stream, bytes((byte,)))
+        caller.wait_for_bytes(stream, 5)
+        caller.send(stream, b"", end=True)
+        assert caller.status(stream)[0] == OK
+
+
+def spoiled(dice: random.Random) -> bytes:
+    """Random bytes, or a request that lost, gained or changed some."""
+    if dice.random() < 0.3:
+        return dice.randbytes(dice.randrange(200))
+    message = bytearray(MODELS["repr"].write_request({"data": dice.randbytes(dice.randrange(100))}))
+    for _ in range(dice.randrange(1, 4)):
+        place = dice.randrange(len(message) + 1)
+        message[place : place + dice.randrange(3)] = dice.randbytes(dice.randrange(3))
+    return bytes(message)
+
+
+@pytest.mark.timeout(180)
+def test_of_a_thousand_spoiled_messages_those_that_protobuf_can_read_are_answered_and_the_others_refused() -> None:
+    dice = random.Random(4)
+    with serving() as batcher, grpc.insecure_channel(address_of(batcher)) as channel, connect(batcher) as client:
+        for number in range(1000):
+            message = spoiled(dice)
+            try:
+                is_request = MukoeRequest.FromString(message).WhichOneof("request_type") == "representations"
+            except DecodeError:
+                is_request = False
+            call = channel.stream_stream(METHOD)(iter((message,)))
+            with suppress(grpc.RpcError):
+                list(call)
+            assert (call.code() is grpc.StatusCode.OK) is is_request, message.hex()
+            assert is_request or call.code() is grpc.StatusCode.INVALID_ARGUMENT, message.hex()
+            if number % 100 == 0:
+                assert client.send_request(b"%d" % number) == answer(b"%d" % number)
+
+
+# ---- what is not gRPC ----
+
+
+def http_1(connection: socket.socket) -> None:
+    connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+
+
+def tls(connection: socket.socket) -> None:
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with pytest.raises((ssl.SSLError, OSError)), context.wrap_socket(connection, do_handshake_on_connect=False) as ends:
+        ends.do_handshake()
+
+
+def random_bytes(connection: socket.socket) -> None:
+    connection.sendall(random.Random(5).randbytes(10_000))
+
+
+def frames_of_garbage(connection: socket.socket) -> None:
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + random.Random(6).randbytes(10_000))
+
+
+@pytest.mark.parametrize("speak", [http_1, tls, random_bytes, frames_of_garbage])
+def test_a_peer_that_speaks_something_else_is_dropped(speak: Callable[[socket.socket], None]) -> None:
+    with unharmed_neighbours() as batcher, socket.create_connection(("127.0.0.1", batcher.port)) as connection:
+        with suppress(ConnectionError):
+            speak(connection)
+        with suppress(OSError):  # reset, or closed already by TLS
+            while connection.recv(65536):
+                pass
+
+
+def test_hundreds_of_connections_that_say_nothing_keep_nobody_out() -> None:
+    with unharmed_neighbours() as batcher:
+        silent = [socket.create_connection(("127.0.0.1", batcher.port)) for _ in range(300)]
+        with HandmadeCaller(batcher.port) as caller:
+            stream = caller.open_stream()
+            caller.send(stream, b"", end=True)
+            assert caller.status(stream)[0] == OK
+        for connection in silent:
+            connection.close()
+
+
+# ---- what is opened and left, or never taken ----
+
+
+def test_thousands_of_streams_may_be_opened_at_once_and_left_and_are_gone_with_their_caller() -> None:
+    streams, neighbours = 3000, 2
+    before = resident_bytes()
+    with unharmed_neighbours() as batcher, HandmadeCaller(batcher.port) as caller:
+        opened = [caller.open_stream() for _ in range(streams)]
+        eventually(lambda: batcher.metrics().open_streams == streams + neighbours)
+        caller.send(opened[-1], b"", end=True)
+        assert caller.status(opened[-1])[0] == OK
+        assert resident_bytes() - before < 500_000_000
+
+
+def test_streams_beyond_the_limit_are_refused_however_many_are_opened() -> None:
+    streams, limit, neighbours = 2000, 500, 2
+    with unharmed_neighbours(max_streams=limit) as batcher, HandmadeCaller(batcher.port) as caller:
+        for _ in range(streams):
+            caller.open_stream()
+        ends = caller.wait_for_statuses(streams - (limit - neighbours))
+        # gRPC turns away by itself what comes faster than it is taken.
+        assert RESOURCE_EXHAUSTED in {number for number, _ in ends} <= {RESOURCE_EXHAUSTED, CANCELLED}
+        assert batcher.metrics().open_streams == limit
+
+
+def test_a_caller_that_never_takes_its_answers_costs_no_more_than_these_and_holds_nobody_up() -> None:
+    """Each of its streams asks on and on; the server holds the answer to the first, and reads no further."""
+    answer_bytes, streams, requests_on_each = 4_000_000, 8, 10
+    before = resident_bytes()
+
+    def answer_at_length(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
+        return [({"result": bytes(answer_bytes) if data == b"hi" else data}, 0) for data in requests]
+
+    with serving(answer_at_length) as batcher, connect(batcher) as client:
+        with HandmadeCaller(batcher.port) as caller:
+            opened = [caller.open_stream() for _ in range(streams)]
+            for stream in opened:
+                caller.send(stream, (message_head(len(REQUEST)) + REQUEST) * requests_on_each)
+            eventually(lambda: batcher.metrics().requests.get("OK") == streams)
+            for number in range(100):
+                assert client.send_request(b"%d" % number) == answer(b"%d" % number)
+            assert batcher.metrics().requests["OK"] == streams + 100
+            assert resident_bytes() - before < answer_bytes * streams * 4
+        eventually(lambda: batcher.metrics().open_streams == 1)
+        assert client.send_request(b"after") == answer(b"after")
+
+
+def test_a_caller_that_never_takes_its_answer_does_not_hold_up_a_shutdown() -> None:
+    def answer_at_length(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
+        return [({"result": bytes(4_000_000)}, 0) for _ in requests]
+
+    with serving(answer_at_length) as batcher, HandmadeCaller(batcher.port) as caller:
+        caller.send(caller.open_stream(), message_head(len(REQUEST)) + REQUEST)
+        eventually(lambda: batcher.metrics().requests.get("OK") == 1)
+        batcher.shutdown(grace_s=0.1)
+        assert not batcher.is_server_ready()
+
+
+# ---- servers that speak something else ----
+
+
+@contextmanager
+def strange_server(serve: Callable[[socket.socket], None]) -> Iterator[str]:
+    """Accepts connections, and does something with each; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection, suppress(OSError):
+                        serve(connection)
+
+        accepting = threading.Thread(target=accept, daemon=True)
+        accepting.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        accepting.join()
+
+
+def hang_up(connection: socket.socket) -> None:
+    pass
+
+
+def answer_in_http_1(connection: socket.socket) -> None:
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+
+def answer_in_garbage(connection: socket.socket) -> None:
+    connection.recv(65536)
+    connection.sendall(random.Random(7).randbytes(1000))
+
+
+@pytest.mark.parametrize("serve", [hang_up, answer_in_http_1, answer_in_garbage])
+def test_a_server_that_speaks_something_else_is_unavailable(serve: Callable[[socket.socket], None]) -> None:
+    with strange_server(serve) as address, MukoeBatcherClient(address) as client:
+        for _ in range(3):
+            assert error_of(client.send_request, b"x").code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_time_limit_holds_while_a_server_accepts_connections_and_says_nothing() -> None:
+    over = threading.Event()
+    with strange_server(lambda _: over.wait()) as address, MukoeBatcherClient(address) as client:
+        error = error_of(client.send_request, b"x", timeout_s=0.1)
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        over.set()

@@ -1,0 +1,207 @@
+"""Forks in the middle of use, and programs that end with requests in the air. test_client.py has what a child may do,
+and Ctrl-C; test_old_wheel.py how servers' programs end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from serving import (
+    Held,
+    address_of,
+    answer,
+    connect,
+    eventually,
+    finish_program,
+    run_program,
+    serving,
+    start_program,
+)
+
+# Without this gRPC tries to make the child fit for gRPC, which newer releases do not always survive.
+NO_FORK_SUPPORT = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
+
+FORKS_UNDER_LOAD_PROGRAM = """
+    import os
+    import signal
+    import subprocess
+    import sys
+    import threading
+
+    from grpc_batcher import MukoeBatcherClient, create_batcher
+
+    def echo(requests):
+        return [({"result": data}, 0) for data in requests]
+
+    def ask(caller):
+        number = 0
+        while not over.is_set():
+            number += 1
+            data = b"%d of %d" % (number, caller)
+            assert client.send_request(data) == ({"result": data}, 0)
+            answered[caller] = number
+            more.set()
+
+    def wait_for_answers():
+        before = list(answered)
+        while any(now < then + 3 for now, then in zip(answered, before)):
+            more.clear()
+            more.wait()
+
+    answered, over, more = [0] * 4, threading.Event(), threading.Event()
+    with create_batcher("repr", 4, 0.001, 0, batch_process_fn=echo, host="127.0.0.1") as batcher:
+        with MukoeBatcherClient(f"127.0.0.1:{batcher.port}") as client:
+            callers = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+            for caller in callers:
+                caller.start()
+            for number in range(20):
+                wait_for_answers()
+                child = os.fork()
+                if child == 0:
+                    try:
+                        client.send_request(b"from a child")
+                    except RuntimeError:
+                        os._exit(7)
+                    os._exit(1)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7, "what a forked child may not do"
+                wait_for_answers()
+                assert subprocess.run(["true"]).returncode == 0
+                child = os.fork()
+                if child == 0:
+                    signal.pause()
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            wait_for_answers()
+            over.set()
+            for caller in callers:
+                caller.join()
+    print(dict(batcher.metrics().requests) == {"OK": sum(answered)})
+"""
+
+
+def test_a_process_that_serves_and_asks_forks_under_load_and_goes_on(tmp_path: Path) -> None:
+    """Children that try to send, that start another program, and that are killed."""
+    assert run_program(tmp_path, FORKS_UNDER_LOAD_PROGRAM, environment=NO_FORK_SUPPORT) == ["True"]
+
+
+FORKED_BEFORE_USE_PROGRAM = """
+    import multiprocessing
+    import sys
+
+    from grpc_batcher import MukoeBatcherClient
+
+    def ask(client, caller):
+        for number in range(100):
+            data = b"%d of %d" % (number, caller)
+            assert client.send_request(data) == ({"result": data}, 0)
+
+    client = MukoeBatcherClient(sys.argv[1])
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=ask, args=(client, caller)) for caller in range(8)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    print([child.exitcode for child in children])
+"""
+
+
+def test_children_that_share_a_client_made_before_the_fork_each_get_their_own_answers(tmp_path: Path) -> None:
+    with serving(batch_timeout_s=0.001) as batcher:
+        assert run_program(tmp_path, FORKED_BEFORE_USE_PROGRAM, address_of(batcher)) == [str([0] * 8)]
+        assert batcher.metrics().requests == {"OK": 800}
+        eventually(lambda: batcher.metrics().open_streams == 0)
+
+
+ENDING_CALLER_PROGRAM = """
+    import os
+    import sys
+    import threading
+    import time
+
+    from grpc_batcher import MukoeBatcherClient
+
+    def ask(data, timeout_s):
+        client.send_request(data, timeout_s=timeout_s)
+
+    client = MukoeBatcherClient(sys.argv[1])
+    client.send_request(b"first")
+    for number in range(4):
+        threading.Thread(target=ask, args=(b"%d" % number, (None, 1000)[number % 2]), daemon=True).start()
+    sys.stdin.readline()
+    ENDING
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "expected"),
+    [
+        ("pass", 0),
+        ("sys.exit(3)", 3),
+        ("raise ValueError('of the program')", 1),
+        ("os._exit(4)", 4),
+        ("threading.Thread(target=client.close, daemon=True).start()", 0),
+    ],
+    ids=["at its end", "by sys.exit", "by an exception", "by os._exit", "as it closes its client"],
+)
+def test_a_caller_may_end_with_requests_in_the_air_and_they_leave_the_server(
+    ending: str, expected: int, tmp_path: Path
+) -> None:
+    """Its daemon threads wait in gRPC as the interpreter ends."""
+    with (
+        Held() as held,
+        serving(held) as batcher,
+        connect(batcher) as client,
+        start_program(tmp_path, ENDING_CALLER_PROGRAM.replace("ENDING", ending), address_of(batcher)) as program,
+    ):
+        held.release()
+        eventually(lambda: len(held.batches) == 2 and batcher.metrics().waiting == 3)
+        status, output, errors = finish_program(program, "end\n")
+        assert (status, output) == (expected, ""), errors
+        eventually(lambda: (batcher.metrics().open_streams, batcher.metrics().waiting) == (0, 0))
+        held.release(float("inf"))
+        assert client.send_request(b"after") == answer(b"after")
+        assert held.batches[2:] == [[b"after"]]
+
+
+ENDING_SERVER_PROGRAM = """
+    import os
+    import sys
+    import threading
+
+    from grpc_batcher import MukoeBatcherClient, create_batcher
+
+    def answer(requests):
+        entered.set()
+        threading.Event().wait()
+
+    def ask():
+        try:
+            client.send_request(b"x")
+        except Exception:
+            pass
+
+    entered = threading.Event()
+    batcher = create_batcher("repr", 1, 0.0, 0, batch_process_fn=answer, host="127.0.0.1")
+    batcher.start()
+    client = MukoeBatcherClient(f"127.0.0.1:{batcher.port}")
+    for _ in range(10):
+        threading.Thread(target=ask, daemon=True).start()
+    entered.wait()
+    while batcher.metrics().waiting < 9:
+        pass
+    ENDING
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "expected"),
+    [("sys.exit(3)", 3), ("os._exit(4)", 4), ("threading.Thread(target=batcher.shutdown, daemon=True).start()", 0)],
+    ids=["by sys.exit", "by os._exit", "as it shuts down"],
+)
+def test_a_program_that_serves_and_asks_may_end_with_requests_in_the_air(
+    ending: str, expected: int, tmp_path: Path
+) -> None:
+    with start_program(tmp_path, ENDING_SERVER_PROGRAM.replace("ENDING", ending)) as program:
+        status, output, errors = finish_program(program)
+    assert (status, output) == (expected, ""), errors

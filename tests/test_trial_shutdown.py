@@ -1,0 +1,134 @@
+"""Shutdowns at every stage of a request's way, with an account of every request.
+
+test_api.py and test_outcomes.py have those from the callback, from a signal handler, from two threads, and again.
+GRPC_BATCHER_TRIALS=20 in the environment makes the random ones twenty times as long.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from pathlib import Path
+
+import pytest
+from accounting import LENGTH, Ledger
+from serving import Held, address_of, answer, connect, error_of, eventually, in_background, serving
+
+from grpc_batcher import MukoeBatcherClient
+
+
+@pytest.mark.parametrize("grace_s", [0, 60])
+@pytest.mark.parametrize("streams", [0, 1, 50])
+def test_a_shutdown_while_nothing_waits_returns_and_ends_the_streams(streams: int, grace_s: float) -> None:
+    with Held() as held, serving(held, batch_size=64, batch_timeout_s=0.001) as batcher, connect(batcher) as client:
+        held.release(float("inf"))
+        begin = threading.Barrier(streams + 1)
+
+        def ask(number: int) -> None:
+            begin.wait()
+            assert client.send_request(b"%d" % number) == answer(b"%d" % number)
+
+        requests = [in_background(ask, number) for number in range(streams)]
+        begin.wait()
+        for request in requests:
+            request.result()
+        batcher.shutdown(grace_s)
+        assert batcher.metrics().open_streams == 0
+        assert error_of(client.send_request, b"after").code().name == "UNAVAILABLE"
+
+
+def test_a_shutdown_while_a_window_is_half_full_answers_what_waits_without_the_window(tmp_path: Path) -> None:
+    ledger, callers = Ledger(tmp_path / "ledger"), 10
+    with serving(ledger.callback, batch_size=2 * callers, batch_timeout_s=1e6) as batcher, connect(batcher) as client:
+        requests = [in_background(ledger.ask, client, f"caller/{number}") for number in range(callers)]
+        eventually(lambda: batcher.metrics().waiting == callers)
+        batcher.shutdown(grace_s=60)
+        assert [request.result() for request in requests] == [True] * callers
+        assert batcher.metrics().batches["drain"] == 1
+    ledger.account()
+
+
+def test_a_shutdown_while_replies_are_on_their_way_lets_each_arrive(tmp_path: Path) -> None:
+    """Some have arrived when it begins. With a megabyte each the others take a while."""
+    callers, answer_bytes = 32, 1_000_000
+    arrived = threading.Semaphore(0)
+
+    def ask(number: int) -> tuple[dict[str, bytes], int]:
+        result = client.send_request(b"%d" % number)
+        arrived.release()
+        return result
+
+    def answer_at_length(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
+        return [({"result": data * (answer_bytes // len(data))}, int(data)) for data in requests]
+
+    with serving(answer_at_length, batch_size=callers, batch_timeout_s=1e6) as batcher, connect(batcher) as client:
+        requests = [in_background(ask, number) for number in range(callers)]
+        arrived.acquire()
+        batcher.shutdown(grace_s=60)
+        for number, request in enumerate(requests):
+            assert request.result() == answer_at_length([b"%d" % number])[0]
+
+
+@pytest.mark.timeout(60 + 30 * LENGTH)
+@pytest.mark.parametrize("grace_s", [0, 60])
+def test_a_shutdown_at_any_moment_under_load_leaves_each_request_answered_or_unavailable(
+    grace_s: float, tmp_path: Path
+) -> None:
+    """Callers with a stream, new ones, and such whose time is short. Within the grace, what was seen is answered."""
+    ledger, moments = Ledger(tmp_path / "ledger"), random.Random(8)
+
+    def come_and_go(caller: str) -> None:
+        for number in range(1_000_000):
+            with MukoeBatcherClient(address) as client:
+                if not ledger.ask(client, f"{caller}/{number}"):
+                    return
+
+    def stay(caller: str, timeout_s: float | None) -> None:
+        with MukoeBatcherClient(address) as client:
+            for number in range(1_000_000):
+                if not ledger.ask(client, f"{caller}/{number}", timeout_s=timeout_s) and not batcher.is_server_ready():
+                    return
+
+    for number in range(15 * LENGTH):
+        with serving(ledger.callback, batch_size=4, batch_timeout_s=0.001) as batcher:
+            address = address_of(batcher)
+            callers = [in_background(come_and_go, f"new-{number}-{each}") for each in range(2)]
+            callers += [in_background(stay, f"stays-{number}-{each}", None) for each in range(4)]
+            callers += [in_background(stay, f"hurries-{number}-{each}", 0.003) for each in range(2)]
+            enough = ledger.answers + moments.randrange(60)
+            eventually(lambda enough=enough: ledger.answers >= enough)  # type: ignore[misc]
+            batcher.shutdown(grace_s)
+            for caller in callers:
+                caller.result()
+    account = ledger.account(failures={"UNAVAILABLE", "DEADLINE_EXCEEDED"})
+    assert {name.partition("-")[0] for name, code in account.failed.items() if code != "UNAVAILABLE"} <= {"hurries"}
+    if grace_s:
+        seen = {name for batch in account.batches for name in batch}
+        assert {name for name in seen - set(account.answered) if not name.startswith("hurries")} == set()
+
+
+def test_behind_a_callback_that_never_returns_the_queue_is_bounded_and_a_shutdown_says_what_it_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callers, places = 60, 10
+    ledger = Ledger(tmp_path / "ledger")
+    with (
+        Held(ledger.callback) as held,
+        serving(held, batch_size=1, max_queue_size=places) as batcher,
+        connect(batcher) as client,
+    ):
+        requests = [in_background(ledger.ask, client, "in-the-callback/1")]
+        eventually(lambda: held.batches)
+        requests += [in_background(ledger.ask, client, f"caller-{number}/1") for number in range(callers)]
+        eventually(lambda: sum(request.done() for request in requests) == callers - places)
+        assert batcher.metrics().waiting == places
+        with caplog.at_level(logging.WARNING, logger="grpc_batcher"):
+            batcher.shutdown(grace_s=0.1)
+        assert [request.result() for request in requests] == [False] * (1 + callers)
+        assert f"{1 + places} requests are left" in caplog.text
+        codes = [
+            code for _, code in sorted(ledger.account(failures={"RESOURCE_EXHAUSTED", "UNAVAILABLE"}).failed.items())
+        ]
+        assert codes.count("RESOURCE_EXHAUSTED") == callers - places
+        assert codes.count("UNAVAILABLE") == 1 + places
