@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import os
@@ -642,8 +641,11 @@ def test_bench_sends_the_payload_and_the_action_that_it_is_told_from_several_pro
     (folder / "payload").write_bytes(b"an observation")
     with serving(note, model="dyna") as batcher:
         arguments = ("--callers", "1,3", "--processes", "2", "--payload-file", "payload", "--action", "7")
-        status, _, errors = run(folder, "bench", address_of(batcher), *QUICK, *arguments)
+        status, _, errors = run(folder, "bench", address_of(batcher), *QUICK, *arguments, "--json", "b.json")
     assert (status, errors, seen) == (0, "", {(b"an observation", 7)})
+    record = json.loads((folder / "b.json").read_text())
+    assert (record["model"], record["processes"], record["payload_bytes"]) == ("dyna", 2, 14)
+    assert [point["callers"] for point in record["points"]] == [1, 3]
 
 
 def test_bench_counts_what_failed_and_ends_with_1(folder: Path) -> None:
@@ -720,7 +722,7 @@ def point(callers: int, requests_per_s: float) -> Point:
         ({1: 100}, 1),
         ({1: 100, 2: 200, 4: 400}, 4),
         ({1: 100, 2: 360, 4: 400}, 2),
-        ({1: 100, 2: 359, 4: 400}, 4),
+        ({1: 100, 2: 359.9, 4: 400}, 4),
         ({1: 100, 2: 400, 4: 300}, 2),
         ({1: 0, 2: 0}, None),
     ],
