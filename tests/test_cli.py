@@ -236,7 +236,7 @@ ERRORS = [
     (["nosuch"], "grpc-batcher: No such command 'nosuch'"),
     (["serve", "functions:echo"], "grpc-batcher serve: Missing option '--model'"),
     (["serve", "functions:echo", "--model", "zzz"], "'zzz'"),
-    (["serve", *REPR, "--nosuch"], "'--nosuch'"),
+    (["serve", *REPR, "--nosuch"], "--nosuch"),
     (["serve", "functions", *REPR[1:]], "'functions' is not of the form package.module:object"),
     (["serve", "nosuchmodule:f", *REPR[1:]], "can not import 'nosuchmodule': ModuleNotFoundError"),
     (["serve", "broken:f", *REPR[1:]], "can not import 'broken': ModuleNotFoundError: No module named 'nosuchmodule'"),
