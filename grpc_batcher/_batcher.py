@@ -6,7 +6,6 @@ import atexit
 import logging
 import math
 import os
-import queue
 import signal
 import socket
 import threading
@@ -41,6 +40,9 @@ _LEAST_CALLERS_INTERVAL_MS = 5_000
 
 # How long the exit of a program that never called `shutdown` waits for callbacks that run.
 _EXIT_GRACE_S = 1.0
+
+# How often the main thread looks for signals: one that comes in just before a wait does not interrupt it.
+_SIGNAL_CHECK_S = 0.2
 
 _MAX_TIMEOUT_S = 1e9
 
@@ -99,8 +101,6 @@ class MukoeBatcher:
         self._ready = threading.Event()
         self._shutdown_begun = False
         self._shutdown_done = threading.Event()
-        # Why `serve_forever` returns. Unlike an Event's, its methods may be called from signal handlers.
-        self._stops: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     # ---- life cycle ----
 
@@ -163,16 +163,21 @@ class MukoeBatcher:
             if received:
                 raise SystemExit(128 + number)
             received.append(number)
-            self._stops.put(None)
 
         handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             if not self.is_server_ready():
                 self.start()
-            self._stops.get()
-            for number in received:
-                _logger.info("shutting down within %s s on %s", grace_s, signal.Signals(number).name)
-            self.shutdown(grace_s)
+            while not received and not self._shutdown_done.wait(_SIGNAL_CHECK_S):
+                pass
+            if received:
+                _logger.info("%s: shutting down within %s s", signal.Signals(received[0]).name, grace_s)
+                # On another thread, so that a second signal does not break into its midst.
+                threading.Thread(
+                    target=self.shutdown, args=(grace_s,), name="grpc_batcher-shutdown", daemon=True
+                ).start()
+            while not self._shutdown_done.wait(_SIGNAL_CHECK_S):
+                pass
         finally:
             for number, handler in handlers.items():
                 # None: it was not set from Python, and can not be set again from here.
@@ -230,7 +235,6 @@ class MukoeBatcher:
                 self._shut_down(grace_s)
             finally:
                 self._shutdown_done.set()
-                self._stops.put(None)
         else:
             self._shutdown_done.wait(grace_s)
 

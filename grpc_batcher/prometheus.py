@@ -65,7 +65,8 @@ class BatcherCollector(Collector):
         for batcher in self._batchers:
             metrics = batcher.metrics()
             labels = (metrics.model, _port_of(batcher))
-            for code, count in metrics.requests.items():
+            # A rate needs a sample from before the first request.
+            for code, count in {"OK": 0, **metrics.requests}.items():
                 requests.add_metric((*labels, code), count)
             for reason, count in metrics.batches.items():
                 batches.add_metric((*labels, reason), count)

@@ -420,6 +420,8 @@ def test_an_interceptor_decides_who_may_send(folder: Path) -> None:
     with command_serving(folder, *REPR, "--interceptor", "functions:token") as (_, address):
         with MukoeBatcherClient(address) as client:
             assert error_of(client.send_request, b"hi").code() is grpc.StatusCode.UNAUTHENTICATED
+        assert run(folder, "check", address)[0] == 1
+        assert run(folder, "check", address, "--metadata", "token=sesame")[0] == 0
         bench = ("bench", address, "--callers", "1", *QUICK)
         assert run(folder, *bench)[0] == 2
         assert run(folder, *bench, "--metadata", "token=sesame")[0] == 0

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
-from serving import echo, finish_program, run_program, start_program
+from serving import echo, eventually, finish_program, run_program, start_program
 
 import grpc_batcher
 from grpc_batcher import Metrics, MukoeBatcher, MukoeBatcherClient, _core, create_batcher
@@ -30,6 +30,7 @@ TEXTS = {
         "README.md",
         "CHANGELOG.md",
         "CONTRIBUTING.md",
+        "docs/metrics.md",
         "docs/new-model.md",
         "examples/README.md",
         "scripts/README.md",
@@ -78,7 +79,7 @@ def anchors(text: str) -> set[str]:
 # ---- the examples ----
 
 DEFAULT_PORT = 50051
-SERVER_EXAMPLES = [block for block in blocks(README, "python") if "signal.pause()" in block]
+SERVER_EXAMPLES = [block for block in blocks(README, "python") if "serve_forever(" in block]
 EXAMPLES = [block for block in blocks(README, "python") if block not in SERVER_EXAMPLES]
 
 
@@ -114,14 +115,21 @@ def test_an_example_runs_as_it_stands_and_prints_what_it_says(
 
 
 def test_the_examples_are_found() -> None:
-    assert [f"port={DEFAULT_PORT}" in block for block in EXAMPLES] == [True, False]
+    assert [f"port={DEFAULT_PORT}" in block for block in EXAMPLES] == [True, False, False]
     assert len(SERVER_EXAMPLES) == 1
+
+
+def catches(process: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    (mask,) = re.findall(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def test_the_server_example_ends_with_status_0_on_sigterm(tmp_path: Path) -> None:
     program = start_program(tmp_path, SERVER_EXAMPLES[0])
     assert program.stdout is not None
     first_line = program.stdout.readline()
+    eventually(lambda: catches(program.pid, signal.SIGTERM) or program.poll() is not None)
     program.send_signal(signal.SIGTERM)
     status, _, errors = finish_program(program)
     assert re.fullmatch(r"serving on port [1-9]\d*\n", first_line), errors

@@ -1,0 +1,260 @@
+"""The counts and times of a batcher: percentiles, histograms, and what a Prometheus scrape gives."""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Held, connect, in_background, in_callback, run_program, serving, waiting
+
+from grpc_batcher import Histogram, Percentiles
+from grpc_batcher._metrics import PERCENTILE_WINDOW, Recorder
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "metrics.md").read_text()
+
+MS = 1_000_000
+
+
+def recorder(batch_size: int = 8, *, timed: bool = True) -> Recorder:
+    return Recorder(timed=timed, batch_size=batch_size)
+
+
+def snapshot(of: Recorder) -> Any:
+    return of.snapshot(model="repr", batches={"full": 0}, batched_requests=0, waiting=0, open_streams=0)
+
+
+# ---- percentiles ----
+
+
+def test_a_percentile_is_the_smallest_time_that_so_many_were_no_longer_than() -> None:
+    of = recorder()
+    of.batch_taken(8, [number * MS for number in range(100, 0, -1)])
+    for duration_ms in (3, 1, 2):
+        of.callback_timed(duration_ms * MS)
+    of.request_answered(0, 7 * MS)
+    metrics = snapshot(of)
+    assert metrics.waiting_percentiles_ms == Percentiles(p50=50, p90=90, p99=99)
+    assert metrics.callback_percentiles_ms == (2, 3, 3)
+    assert metrics.end_to_end_percentiles_ms == (7, 7, 7)
+
+
+def test_percentiles_are_of_the_last_4096_and_means_of_all() -> None:
+    assert PERCENTILE_WINDOW == 4096
+    of = recorder()
+    for _ in range(4096):
+        of.request_answered(0, 3 * MS)
+    for _ in range(4095):
+        of.request_answered(0, 1 * MS)
+    assert snapshot(of).end_to_end_percentiles_ms == (1, 1, 1)
+    assert snapshot(of).mean_end_to_end_ms == pytest.approx(2, abs=0.001)
+    for _ in range(41):
+        of.request_answered(0, 5 * MS)
+    assert snapshot(of).end_to_end_percentiles_ms == (1, 1, 5)
+
+
+def test_where_nothing_was_timed_there_are_no_percentiles() -> None:
+    metrics = snapshot(recorder())
+    assert (
+        metrics.waiting_percentiles_ms is metrics.callback_percentiles_ms is metrics.end_to_end_percentiles_ms is None
+    )
+
+
+# ---- histograms ----
+
+
+def test_a_histogram_counts_what_was_at_most_as_large_as_each_bound() -> None:
+    of = recorder()
+    of.batch_taken(3, [0, MS // 2, MS // 2 + 1, MS, 60_000 * MS, 60_000 * MS + 1])
+    histogram = snapshot(of).waiting_histogram_s
+    assert histogram.upper_bounds[:3] == (0.0005, 0.001, 0.0025)
+    assert histogram.upper_bounds[-2:] == (60, math.inf)
+    assert histogram.counts[:3] == (2, 4, 4)
+    assert histogram.counts[-2:] == (5, 6)
+    assert histogram.sum == pytest.approx(120.002, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "bounds"),
+    [(1, (1,)), (2, (1, 2)), (5, (1, 2, 4, 5)), (16, (1, 2, 4, 8, 16)), (2**20, tuple(2**n for n in range(21)))],
+)
+def test_batch_sizes_are_counted_by_powers_of_two_up_to_the_largest(batch_size: int, bounds: Any) -> None:
+    of = recorder(batch_size)
+    for size in (1, batch_size):
+        of.batch_taken(size, ())
+    sizes = snapshot(of).batch_sizes
+    assert sizes.upper_bounds == (*bounds, math.inf)
+    assert sizes.counts[0] == (2 if batch_size == 1 else 1)
+    assert sizes.counts[-2:] == (2, 2)
+    assert sizes.sum == 1 + batch_size
+
+
+def test_what_many_threads_record_is_all_counted() -> None:
+    of = recorder()
+    begin = threading.Barrier(8)
+
+    def record() -> None:
+        begin.wait()
+        for _ in range(2000):
+            of.request_answered(1, MS)
+            of.batch_taken(1, (MS,))
+
+    threads = [in_background(record) for _ in range(8)]
+    for thread in threads:
+        thread.result()
+    metrics = snapshot(of)
+    assert metrics.requests == {"OK": 16_000}
+    for histogram in (metrics.end_to_end_histogram_s, metrics.waiting_histogram_s, metrics.batch_sizes):
+        assert histogram.counts[-1] == 16_000
+
+
+# ---- of a batcher ----
+
+
+def test_each_request_and_each_batch_of_a_batcher_is_in_its_histogram() -> None:
+    with Held() as held, serving(held, batch_size=4) as batcher, connect(batcher) as client:
+        requests = [in_callback(held, client, b"first")]
+        requests += [waiting(batcher, client.send_request, b"%d" % number) for number in range(3)]
+        assert batcher.metrics().batch_sizes == Histogram((1, 2, 4, math.inf), (1, 1, 1, 1), 1)
+        held.release(2)
+        for request in requests:
+            request.result()
+        metrics = batcher.metrics()
+        assert metrics.batch_sizes == Histogram((1, 2, 4, math.inf), (1, 1, 2, 2), 4)
+        counts = [
+            histogram and histogram.counts[-1]
+            for histogram in (
+                metrics.waiting_histogram_s,
+                metrics.callback_histogram_s,
+                metrics.end_to_end_histogram_s,
+            )
+        ]
+        assert counts == [4, 2, 4]
+        waits, totals = metrics.waiting_percentiles_ms, metrics.end_to_end_percentiles_ms
+        assert waits is not None
+        assert totals is not None
+        assert 0 <= waits.p50 <= waits.p90 <= waits.p99 <= totals.p99
+
+
+def test_with_track_metrics_off_batch_sizes_are_counted_and_there_is_no_histogram_of_times() -> None:
+    with serving(track_metrics=False, batch_size=2) as batcher, connect(batcher) as client:
+        client.send_request(b"x")
+        metrics = batcher.metrics()
+        assert metrics.batch_sizes == Histogram((1, 2, math.inf), (1, 1, 1), 1)
+        assert metrics.waiting_histogram_s is metrics.callback_histogram_s is metrics.end_to_end_histogram_s is None
+
+
+# ---- Prometheus ----
+
+
+def scraped(*batchers: Any) -> dict[str, Any]:
+    """The families that a scrape gives, by name, as a Prometheus server reads them."""
+    prometheus_client = pytest.importorskip("prometheus_client")
+    from prometheus_client.parser import text_string_to_metric_families
+
+    from grpc_batcher.prometheus import BatcherCollector
+
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(BatcherCollector(*batchers))
+    text = prometheus_client.generate_latest(registry).decode()
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def values(family: Any, label: str = "port") -> dict[tuple[str, str], float]:
+    return {(sample.name, sample.labels[label]): sample.value for sample in family.samples}
+
+
+def test_a_scrape_gives_the_counts_of_each_batcher_under_its_model_and_port() -> None:
+    with (
+        Held() as held,
+        serving(held, batch_size=2) as first,
+        serving(model="dyna") as second,
+        connect(first) as client,
+        connect(second) as other,
+    ):
+        held.release()
+        client.send_request(b"answered")
+        other.send_request(b"answered", 3)
+        requests = [in_callback(held, client, b"in the callback")]
+        requests += [waiting(first, client.send_request, b"waits")]
+        families = scraped(first, second)
+        port, other_port = str(first.port), str(second.port)
+        name = "grpc_batcher_requests_total"
+        assert values(families["grpc_batcher_requests"]) == {(name, port): 1, (name, other_port): 1}
+        assert {sample.labels["model"] for sample in families["grpc_batcher_requests"].samples} == {"repr", "dyna"}
+        batches = families["grpc_batcher_batches"].samples
+        assert sum(sample.value for sample in batches if sample.labels["port"] == port) == 2
+        sizes = values(families["grpc_batcher_batch_size"])
+        assert sizes["grpc_batcher_batch_size_count", port] == sizes["grpc_batcher_batch_size_sum", port] == 2
+        waits = values(families["grpc_batcher_waiting_seconds"])
+        assert waits["grpc_batcher_waiting_seconds_count", port] == 2
+        assert waits["grpc_batcher_waiting_seconds_sum", port] > 0
+        for gauge, value, other_value in (("waiting_requests", 1, 0), ("open_streams", 2, 1), ("ready", 1, 1)):
+            name = f"grpc_batcher_{gauge}"
+            assert values(families[name]) == {(name, port): value, (name, other_port): other_value}
+        held.release(2)
+        for request in requests:
+            request.result()
+    assert set(values(scraped(first)["grpc_batcher_ready"]).values()) == {0}
+
+
+def test_a_batcher_that_was_not_asked_yet_has_a_count_of_0_answers() -> None:
+    with serving() as batcher:
+        (sample,) = scraped(batcher)["grpc_batcher_requests"].samples
+        assert (sample.labels["code"], sample.value) == ("OK", 0)
+
+
+def test_the_port_of_a_batcher_on_a_unix_socket_is_its_address(tmp_path: Path) -> None:
+    with serving(host=f"unix:{tmp_path}/batcher.sock") as batcher:
+        (sample,) = scraped(batcher)["grpc_batcher_ready"].samples
+        assert sample.labels == {"model": "repr", "port": f"unix:{tmp_path}/batcher.sock"}
+
+
+def test_a_batcher_that_times_nothing_has_no_histogram_of_times() -> None:
+    with serving(track_metrics=False) as batcher:
+        families = scraped(batcher)
+    assert families["grpc_batcher_batch_size"].samples
+    assert not [name for name, family in families.items() if name.endswith("_seconds") and family.samples]
+
+
+def test_a_collector_without_a_batcher_is_refused() -> None:
+    pytest.importorskip("prometheus_client")
+    from grpc_batcher.prometheus import BatcherCollector
+
+    with pytest.raises(ValueError, match="no batcher was given"):
+        BatcherCollector()
+
+
+# ---- docs/metrics.md ----
+
+
+def test_the_page_lists_all_and_only_what_a_scrape_gives_with_types_and_labels() -> None:
+    with serving() as batcher, connect(batcher) as client:
+        client.send_request(b"x")
+        families = scraped(batcher)
+    given = {}
+    for family in families.values():
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = {label for sample in family.samples for label in sample.labels}
+        assert labels >= {"model", "port"}
+        given[name] = (family.type, labels - {"model", "port", "le"})
+    table = re.findall(r"^\| `(\w+)` \| (\w+) \| (?:`(\w+)` )?\|", PAGE, re.MULTILINE)
+    assert {name: (kind, {label} - {""}) for name, kind, label in table} == given
+    assert len(table) == len(given)
+
+
+def test_the_rules_of_the_page_name_what_there_is() -> None:
+    with serving() as batcher:
+        families = scraped(batcher)
+    samples = {sample.name for family in families.values() for sample in family.samples} | set(families)
+    named = set(re.findall(r"\bgrpc_batcher_\w+", PAGE))
+    assert named <= samples
+
+
+def test_the_example_of_the_page_runs_and_prints_what_it_says(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    assert run_program(tmp_path, block) == ["1.0"]
