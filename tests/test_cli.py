@@ -463,7 +463,7 @@ def test_a_signal_under_load_ends_with_0_once_what_was_taken_in_is_answered(
             eventually(lambda: metrics_of(url)["grpc_batcher_waiting_requests"] == 5)
             program.send_signal(number)
             assert program.stderr is not None
-            assert f"on {number.name}" in program.stderr.readline()
+            assert f" {number.name}: " in program.stderr.readline()
             eventually(lambda: metrics_of(url)["grpc_batcher_ready"] == 0)
             assert error_of(client.send_request, b"late").code() is grpc.StatusCode.UNAVAILABLE
             (folder / "released").touch()
