@@ -8,7 +8,7 @@ from typing import Any
 import click
 import grpc
 
-from ._cli_options import Failure, check_has_port, seconds_above_0, security, security_options, unresolved
+from ._cli_options import Failure, check_has_port, key_value, seconds_above_0, security, security_options, unresolved
 
 
 @click.command(short_help="Ask a server whether it serves.")
@@ -21,8 +21,15 @@ from ._cli_options import Failure, check_has_port, seconds_above_0, security, se
     default=5.0,
     help="How long to wait for the answer, in seconds.",
 )
+@click.option(
+    "--metadata",
+    type=key_value,
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Sent with the question, such as a token. May be given again.",
+)
 @security_options
-def check(address: str, service: str, timeout_s: float, **tls: Any) -> int:
+def check(address: str, service: str, timeout_s: float, metadata: tuple[tuple[str, str], ...], **tls: Any) -> int:
     """Ask the health service at ADDRESS (host:port or unix:/path) whether it serves.
 
     Status 0: it says SERVING. 1: it says something else, has no health service, or there is no server. 2: ADDRESS does
@@ -42,7 +49,7 @@ def check(address: str, service: str, timeout_s: float, **tls: Any) -> int:
     with channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(service=service), timeout=timeout_s
+                health_pb2.HealthCheckRequest(service=service), timeout=timeout_s, metadata=metadata
             )
         except grpc.RpcError as error:
             if why := unresolved(address):

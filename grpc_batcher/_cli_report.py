@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,7 @@ def _callers(point: Point) -> str:
 
 def check_picture(path: Path) -> None:
     """Raises Failure if no picture could be drawn there, before time is spent on measuring."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # or it tells of its font cache
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import os
@@ -237,7 +236,7 @@ ERRORS = [
     (["nosuch"], "grpc-batcher: No such command 'nosuch'"),
     (["serve", "functions:echo"], "grpc-batcher serve: Missing option '--model'"),
     (["serve", "functions:echo", "--model", "zzz"], "'zzz'"),
-    (["serve", *REPR, "--nosuch"], "'--nosuch'"),
+    (["serve", *REPR, "--nosuch"], "--nosuch"),
     (["serve", "functions", *REPR[1:]], "'functions' is not of the form package.module:object"),
     (["serve", "nosuchmodule:f", *REPR[1:]], "can not import 'nosuchmodule': ModuleNotFoundError"),
     (["serve", "broken:f", *REPR[1:]], "can not import 'broken': ModuleNotFoundError: No module named 'nosuchmodule'"),
@@ -421,6 +420,8 @@ def test_an_interceptor_decides_who_may_send(folder: Path) -> None:
     with command_serving(folder, *REPR, "--interceptor", "functions:token") as (_, address):
         with MukoeBatcherClient(address) as client:
             assert error_of(client.send_request, b"hi").code() is grpc.StatusCode.UNAUTHENTICATED
+        assert run(folder, "check", address)[0] == 1
+        assert run(folder, "check", address, "--metadata", "token=sesame")[0] == 0
         bench = ("bench", address, "--callers", "1", *QUICK)
         assert run(folder, *bench)[0] == 2
         assert run(folder, *bench, "--metadata", "token=sesame")[0] == 0
@@ -462,7 +463,7 @@ def test_a_signal_under_load_ends_with_0_once_what_was_taken_in_is_answered(
             eventually(lambda: metrics_of(url)["grpc_batcher_waiting_requests"] == 5)
             program.send_signal(number)
             assert program.stderr is not None
-            assert f"on {number.name}" in program.stderr.readline()
+            assert f" {number.name}: " in program.stderr.readline()
             eventually(lambda: metrics_of(url)["grpc_batcher_ready"] == 0)
             assert error_of(client.send_request, b"late").code() is grpc.StatusCode.UNAVAILABLE
             (folder / "released").touch()
@@ -642,8 +643,11 @@ def test_bench_sends_the_payload_and_the_action_that_it_is_told_from_several_pro
     (folder / "payload").write_bytes(b"an observation")
     with serving(note, model="dyna") as batcher:
         arguments = ("--callers", "1,3", "--processes", "2", "--payload-file", "payload", "--action", "7")
-        status, _, errors = run(folder, "bench", address_of(batcher), *QUICK, *arguments)
+        status, _, errors = run(folder, "bench", address_of(batcher), *QUICK, *arguments, "--json", "b.json")
     assert (status, errors, seen) == (0, "", {(b"an observation", 7)})
+    record = json.loads((folder / "b.json").read_text())
+    assert (record["model"], record["processes"], record["payload_bytes"]) == ("dyna", 2, 14)
+    assert [point["callers"] for point in record["points"]] == [1, 3]
 
 
 def test_bench_counts_what_failed_and_ends_with_1(folder: Path) -> None:
@@ -720,7 +724,7 @@ def point(callers: int, requests_per_s: float) -> Point:
         ({1: 100}, 1),
         ({1: 100, 2: 200, 4: 400}, 4),
         ({1: 100, 2: 360, 4: 400}, 2),
-        ({1: 100, 2: 359, 4: 400}, 4),
+        ({1: 100, 2: 359.9, 4: 400}, 4),
         ({1: 100, 2: 400, 4: 300}, 2),
         ({1: 0, 2: 0}, None),
     ],

@@ -278,6 +278,8 @@ def test_the_changelog_begins_with_the_version_of_the_package() -> None:
 def test_the_page_about_releases_has_ten_steps() -> None:
     steps = re.findall(r"^(\d+)\. ", TEXTS["docs/releasing.md"], re.M)
     assert steps == [str(number) for number in range(1, 11)]
+
+
 # ---- docs/reliability.md ----
 
 RELIABILITY = TEXTS["docs/reliability.md"]
