@@ -17,7 +17,8 @@ from typing import Any
 import lines
 from answers import TAG_BYTES
 from callers import Connection, connect
-from load import Job, Outcome, Send, Window, run
+
+from grpc_batcher._load import Job, Outcome, Send, Window, run
 
 
 def main() -> None:

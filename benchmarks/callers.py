@@ -10,9 +10,9 @@ from typing import Any
 
 import grpc
 from answers import KEY, answer_to
-from load import Send, batcher_senders
 
 from grpc_batcher import MukoeBatcherClient
+from grpc_batcher._load import Send
 
 METHOD = "/mukoe_batcher.MukoeService/ProcessRequest"
 
@@ -39,7 +39,7 @@ def connect(kind: str, address: str) -> Connection:
 def _batcher(address: str) -> Connection:
     client = MukoeBatcherClient(address)
     return Connection(
-        senders=lambda callers: batcher_senders(client, callers),
+        senders=lambda callers: [client.send_request] * callers,  # which has a stream for each thread
         expected=_batcher_answer,
         close=client.close,
         gear=lambda: client.gear,

@@ -10,9 +10,9 @@ from contextlib import suppress
 from typing import Any
 
 import lines
-from load import Job, Window, percentile, run
 
 from grpc_batcher._core import WaitingRoom
+from grpc_batcher._load import Job, Window, percentile, run
 
 BATCH_SIZE = 16
 WINDOW_NS = 5_000_000

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from load import Window, percentile
 from processes import Child, sleep_until
+
+from grpc_batcher._load import Window, percentile
 
 _OPENING_LIMIT_S = 30.0
 

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
-from load import percentile
 from measuring import Sample, measure
 from processes import Child
 from row import Bench, Cell, Row, shared
 from systems import DIRECT, PUBLIC, batcher
+
+from grpc_batcher._load import percentile
 
 TITLE = "a callback of pure Python, about 1 ms: alone, and with 16 callers"
 

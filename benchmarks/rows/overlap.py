@@ -6,11 +6,12 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 
-from load import percentile
 from measuring import Sample, measure, open_streams
 from processes import Child
 from row import Bench, Cell, Row, shared
 from systems import DIRECT, PUBLIC, batcher
+
+from grpc_batcher._load import percentile
 
 TITLE = "from one callback's end to the next: 64 callers, 2 ms without the GIL"
 

@@ -1,7 +1,7 @@
 """The caller engine: many threads ask at once, over one window of time that several processes can share.
 
 It knows no server and no network: whatever sends a request and returns its answer can be measured. It needs nothing
-but the standard library and, for `batcher_senders`, this library's public names.
+but the standard library. `grpc-batcher bench` uses it, and so do the project's own benchmarks.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpc_batcher import MukoeBatcherClient
-
 Send = Callable[[Any], Any]
 
 # After a request that failed a caller waits so long, or it would only measure how fast a server can refuse.
 _PAUSE_AFTER_ERROR_S = 0.01
+
+# How often whoever watches is told of progress.
+_TOLD_EVERY_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Outcome:
 
     latencies_ns: of each request whose right answer came in the window.
     answers: of each caller, how many those were.
+    sent: requests that were sent, in the window or not.
     warm: callers that had an answer before the window began.
     wrong: answers, in the window or not, that were not the expected one.
     errors: failed requests, in the window or not, by what they raised.
@@ -64,6 +66,7 @@ class Outcome:
 
     latencies_ns: list[int] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
+    sent: int = 0
     warm: int = 0
     wrong: int = 0
     errors: Counter[str] = field(default_factory=Counter)
@@ -71,14 +74,10 @@ class Outcome:
     def add(self, other: Outcome) -> None:
         self.latencies_ns += other.latencies_ns
         self.answers += other.answers
+        self.sent += other.sent
         self.warm += other.warm
         self.wrong += other.wrong
         self.errors += other.errors
-
-
-def batcher_senders(client: MukoeBatcherClient, callers: int) -> list[Send]:
-    """Return a sender for each of so many threads. They may share a client: it has a stream for each of them."""
-    return [client.send_request] * callers
 
 
 def run(
@@ -88,21 +87,27 @@ def run(
     *,
     pause_s: float = 0.0,
     most_requests: int | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Have each sender called by a thread of its own until the window is over, and return what came of it.
 
     jobs: what each of them sends.
     pause_s: how long a caller waits between an answer and its next request.
     most_requests: how many each caller sends, if the window does not end before; None for no limit.
+    watch: called now and then, on this thread, with how many answers have come in the window so far.
     """
     outcomes = [Outcome() for _ in senders]
+    latencies_ns = [array("q") for _ in senders]
     threads = [
         threading.Thread(target=_call, args=(*of_caller, window, pause_s, most_requests), daemon=True)
-        for of_caller in zip(senders, jobs, outcomes, strict=True)
+        for of_caller in zip(senders, jobs, outcomes, latencies_ns, strict=True)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
+        while watch is not None and thread.is_alive():
+            watch(sum(map(len, latencies_ns)))
+            thread.join(_TOLD_EVERY_S)
         thread.join()
     merged = Outcome()
     for outcome in outcomes:
@@ -116,11 +121,16 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def _call(
-    send: Send, jobs: Sequence[Job], outcome: Outcome, window: Window, pause_s: float, most_requests: int | None
+    send: Send,
+    jobs: Sequence[Job],
+    outcome: Outcome,
+    latencies_ns: array[int],
+    window: Window,
+    pause_s: float,
+    most_requests: int | None,
 ) -> None:
     now_ns = time.monotonic_ns
     from_ns, until_ns = window.from_ns, window.until_ns
-    latencies_ns = array("q")
     warm = False
     number = 0
     _sleep_until(window.start_ns)
@@ -148,6 +158,7 @@ def _call(
         begin_ns = end_ns
     outcome.latencies_ns = latencies_ns.tolist()
     outcome.answers = [len(latencies_ns)]
+    outcome.sent = number
     outcome.warm = int(warm)
 
 

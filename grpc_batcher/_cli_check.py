@@ -1,0 +1,75 @@
+"""`grpc-batcher check`: what a container's health check calls."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+import grpc
+
+from ._cli_options import Failure, check_has_port, key_value, seconds_above_0, security, security_options, unresolved
+
+
+@click.command(short_help="Ask a server whether it serves.")
+@click.argument("address", envvar="GRPC_BATCHER_CHECK_ADDRESS")
+@click.option("--service", default="", help="The service to ask for; the server as a whole if not given.")
+@click.option(
+    "--timeout-s",
+    type=seconds_above_0,
+    metavar="SECONDS",
+    default=5.0,
+    help="How long to wait for the answer, in seconds.",
+)
+@click.option(
+    "--metadata",
+    type=key_value,
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Sent with the question, such as a token. May be given again.",
+)
+@security_options
+def check(address: str, service: str, timeout_s: float, metadata: tuple[tuple[str, str], ...], **tls: Any) -> int:
+    """Ask the health service at ADDRESS (host:port or unix:/path) whether it serves.
+
+    Status 0: it says SERVING. 1: it says something else, has no health service, or there is no server. 2: ADDRESS does
+    not resolve, or an option is wrong. ADDRESS may also come from GRPC_BATCHER_CHECK_ADDRESS.
+    """
+    try:
+        from grpc_health.v1 import health_pb2, health_pb2_grpc
+    except ImportError:
+        raise Failure('it needs grpcio-health-checking: pip install "grpc-batcher[health]"') from None
+    check_has_port(address)
+    secured = security(**tls)
+    credentials = secured.credentials()
+    if credentials is None:
+        channel = grpc.insecure_channel(address, secured.options())
+    else:
+        channel = grpc.secure_channel(address, credentials, secured.options())
+    with channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service=service), timeout=timeout_s, metadata=metadata
+            )
+        except grpc.RpcError as error:
+            if why := unresolved(address):
+                raise Failure(why) from None
+            return _not_serving(address, _reason(error, service))
+    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    if status != "SERVING":
+        return _not_serving(address, status)
+    print(status)
+    return 0
+
+
+def _reason(error: grpc.RpcError, service: str) -> str:
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return "the server has no health service"
+    if error.code() is grpc.StatusCode.NOT_FOUND:
+        return f"the server has no service {service!r}"
+    return f"{error.code().name}: {error.details()}"
+
+
+def _not_serving(address: str, why: str) -> int:
+    print(f"{address}: {' '.join(why.split())}", file=sys.stderr)
+    return 1

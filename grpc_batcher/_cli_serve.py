@@ -1,0 +1,213 @@
+"""`grpc-batcher serve`: a batcher for a function that can be imported."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import os
+import re
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import click
+import grpc
+
+from ._batcher import MukoeBatcher, create_batcher
+from ._cli_options import FILE, Failure, read_certificates, read_pair, seconds
+from ._errors import BindError
+from ._models import MODELS
+
+_logger = logging.getLogger("grpc_batcher")
+
+_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(create_batcher).parameters.items()}
+
+
+# Where an option has the name of a parameter of create_batcher, it goes there, and is checked there.
+@click.command(short_help="Serve a function.")
+@click.argument("function", metavar="MODULE:FUNCTION", envvar="GRPC_BATCHER_SERVE_FUNCTION")
+@click.option("--model", type=click.Choice(list(MODELS)), required=True, help="The kind of request to serve.")
+@click.option("--batch-size", type=int, required=True, help="Most requests that the function gets at once.")
+@click.option(
+    "--batch-timeout-s",
+    type=float,
+    required=True,
+    help="Seconds for which the oldest request waits for others, at most; 0: not at all.",
+)
+@click.option("--host", default=_DEFAULTS["host"], help="The address to listen on, or unix:/path for a unix socket.")
+@click.option("--port", type=int, default=_DEFAULTS["port"], help="The TCP port; 0: one of the system's choice.")
+@click.option("--tls-cert", type=FILE, help="The server's certificate with its chain, in PEM. Plaintext if not given.")
+@click.option("--tls-key", type=FILE, help="The private key of --tls-cert, in PEM.")
+@click.option("--tls-client-ca", type=FILE, help="In PEM: callers must show a certificate that one of these signed.")
+@click.option(
+    "--health/--no-health",
+    default=None,
+    show_default="on where grpcio-health-checking is installed",
+    help="Serve gRPC's health service, which `check` asks.",
+)
+@click.option(
+    "--reflection/--no-reflection", default=_DEFAULTS["reflection"], help="Serve gRPC's reflection, for grpcurl."
+)
+@click.option(
+    "--metrics-port", type=click.IntRange(0, 65535), help="Port on which Prometheus finds metrics; none if not given."
+)
+@click.option("--metrics-host", default="0.0.0.0", help="The address to listen on for Prometheus.")
+@click.option("--track-metrics/--no-track-metrics", default=_DEFAULTS["track_metrics"], help="Measure times.")
+@click.option(
+    "--grace-s", type=seconds, default=5.0, help="Seconds that requests get to be answered after SIGTERM or SIGINT."
+)
+@click.option("--max-queue-size", type=int, default=_DEFAULTS["max_queue_size"], help="Most requests that may wait.")
+@click.option("--max-streams", type=int, default=_DEFAULTS["max_streams"], help="Most streams of callers open at once.")
+@click.option(
+    "--max-message-bytes", type=int, default=_DEFAULTS["max_message_bytes"], help="Bytes of the largest request taken."
+)
+@click.option(
+    "--interceptor",
+    multiple=True,
+    metavar="MODULE:OBJECT",
+    help="A gRPC server interceptor, such as one that checks a token. May be given again.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    help="What to log, on stderr.",
+)
+def serve(
+    function: str,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+    health: bool | None,
+    metrics_host: str,
+    metrics_port: int | None,
+    grace_s: float,
+    interceptor: Sequence[str],
+    log_level: str,
+    **parameters: Any,
+) -> None:
+    """Serve a FUNCTION that MODULE has, as in `serve package.module:function`. It is imported from the current folder.
+
+    It gets a list of requests and returns a list with a (dictionary, step) for each, as create_batcher's callback does.
+    SIGTERM or SIGINT ends it: requests that were taken in are answered first, and the status is 0. MODULE:FUNCTION may
+    also come from GRPC_BATCHER_SERVE_FUNCTION.
+    """
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    credentials = _credentials(tls_cert, tls_key, tls_client_ca)
+    callback = _imported(function)
+    if not callable(callback):
+        raise Failure(f"{function!r} is {callback!r:.100}, which can not be called")
+    try:
+        batcher = create_batcher(
+            batch_process_fn=callback,
+            credentials=credentials,
+            interceptors=[_interceptor(name) for name in interceptor],
+            health=_is_installed("grpc_health") if health is None else health,
+            **parameters,
+        )
+    except (ValueError, TypeError) as error:
+        raise Failure(re.sub(r"^\w+(?= is )", lambda name: _option(name[0]), str(error))) from None
+    except ImportError as error:  # of an extra
+        raise Failure(str(error)) from None
+    _check_can_listen(batcher)
+    # The metrics first: a batcher that takes requests must not end because of their port.
+    if metrics_port is not None:
+        print(f"metrics on http://{_serve_metrics(batcher, metrics_host, metrics_port)}/metrics", flush=True)
+    threading.Thread(target=_announce, args=(batcher,), daemon=True).start()
+    try:
+        batcher.serve_forever(grace_s)
+    except (BindError, ValueError) as error:
+        raise Failure(str(error)) from None
+
+
+def _credentials(certificate: Path | None, key: Path | None, client_ca: Path | None) -> grpc.ServerCredentials | None:
+    private_key, chain = read_pair(certificate, key)
+    if chain is None:
+        if client_ca is not None:
+            raise click.UsageError("--tls-client-ca needs --tls-cert and --tls-key")
+        return None
+    roots = None if client_ca is None else read_certificates("--tls-client-ca", client_ca)
+    return grpc.ssl_server_credentials([(private_key, chain)], roots, require_client_auth=roots is not None)
+
+
+def _imported(name: str) -> Any:
+    """Return what module:object names. Raises Failure."""
+    module_name, _, object_name = name.partition(":")
+    if not (module_name and object_name):
+        raise click.UsageError(f"{name!r} is not of the form package.module:object")
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        _logger.debug("importing %r failed", module_name, exc_info=True)
+        raise Failure(
+            f"can not import {module_name!r}: {type(error).__name__}: {error} (--log-level debug shows where)"
+        ) from None
+    try:
+        return attrgetter(object_name)(module)
+    except AttributeError as error:
+        raise Failure(f"{module_name!r} has no {object_name!r}: {error}") from None
+
+
+def _interceptor(name: str) -> grpc.ServerInterceptor:
+    interceptor = _imported(name)
+    if not isinstance(interceptor, grpc.ServerInterceptor):
+        raise Failure(f"--interceptor {name!r} is {interceptor!r:.100}, and not a grpc.ServerInterceptor")
+    return interceptor
+
+
+def _serve_metrics(batcher: MukoeBatcher, host: str, port: int) -> str:
+    """Let Prometheus have the batcher's metrics, and those of the function's own; return the address."""
+    try:
+        from prometheus_client import REGISTRY, start_http_server
+
+        from .prometheus import BatcherCollector
+    except ImportError:
+        raise Failure('--metrics-port needs prometheus-client: pip install "grpc-batcher[prometheus]"') from None
+    REGISTRY.register(BatcherCollector(batcher))
+    try:
+        server, _thread = start_http_server(port, host)
+    except OSError as error:
+        raise Failure(f"--metrics-port: can not listen on {host}:{port}: {error}") from None
+    return f"{host}:{server.server_port}"
+
+
+def _check_can_listen(batcher: MukoeBatcher) -> None:
+    """Raise Failure if the address can not be had. `start` would say so, too, but gRPC adds lines of its own."""
+    if batcher.address.startswith("unix:"):
+        socket_folder = Path(batcher.address.removeprefix("unix:").removeprefix("//")).parent
+        if not os.access(socket_folder, os.W_OK):
+            raise Failure(f"can not listen on {batcher.address}: there is no folder {socket_folder} to write to")
+    if batcher.address.startswith(("unix:", "unix-abstract:")):
+        return
+    host, _, port = batcher.address.rpartition(":")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise Failure(f"can not listen on {batcher.address}: {error}") from None
+
+
+def _announce(batcher: MukoeBatcher) -> None:
+    """Say that it serves, once it does and signals are heeded: `serve_forever` returns too late for that."""
+    with suppress(RuntimeError):  # it is over before it began
+        batcher.wait_until_ready()
+        print(f"serving {batcher.metrics().model!r} on {batcher.address}", flush=True)
+
+
+def _is_installed(module: str) -> bool:
+    return find_spec(module) is not None
+
+
+def _option(parameter: str) -> str:
+    return "--" + parameter.replace("_", "-")
