@@ -255,6 +255,10 @@ class MukoeBatcher:
                 "shutdown after a grace of %s s: %d requests are left without an answer", grace_s, abandoned
             )
         self._service.wait_until_replied(max(end_s - time.monotonic(), _STREAM_END_GRACE_S))
+        if not self._service.wait_until_ended(_STREAM_END_GRACE_S) and time.monotonic() < end_s:
+            # Long replies, or callers that are slow to take them. gRPC says that one is out when the system has it.
+            self._service.wait_until_ended(max(end_s - time.monotonic(), 0))
+            time.sleep(_STREAM_END_GRACE_S)
         # Not with gRPC's own grace: for that it starts a thread, which an interpreter that exits does not allow.
         self._service.wait_until_closed(_STREAM_END_GRACE_S)
         self._server.stop(None).wait()
