@@ -221,13 +221,6 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         """Wait until no stream has a request that is not replied to. To be called once the room is closed."""
         return self._wait_for(lambda: not any(session.busy for session in self._sessions), timeout_s)
 
-    def wait_until_ended(self, timeout_s: float) -> bool:
-        """Wait until the streams that their gear ends are over, and the replies before that are out.
-
-        To be called after `end_streams`.
-        """
-        return self._wait_for(lambda: all(session.on_shutdown is _nobody for session in self._sessions), timeout_s)
-
     def wait_until_closed(self, timeout_s: float) -> bool:
         """Wait until there is no stream left. To be called after `end_streams`."""
         return self._wait_for(lambda: not self._sessions, timeout_s)
