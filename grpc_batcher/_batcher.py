@@ -460,7 +460,7 @@ def _add_port(server: grpc.Server, address: str, credentials: grpc.ServerCredent
 
 def _can_be_used(credentials: grpc.ServerCredentials) -> bool:
     """Whether gRPC takes them for an address that can surely be had."""
-    return _add_port(grpc.server(DaemonThreadPool("grpc_batcher-probe")), "localhost:0", credentials) != 0
+    return _add_port(grpc.server(DaemonThreadPool("grpc_batcher-probe")), "127.0.0.1:0", credentials) != 0
 
 
 def _why_not(host: str, port: int) -> str:
