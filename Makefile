@@ -9,7 +9,7 @@ OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tes
 
 SOAK_S ?= 600
 
-.PHONY: demo test test-gears bench soak lint debug proto check-proto clean
+.PHONY: demo test test-gears bench soak lint debug tsan asan proto check-proto clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/atari_demo.py
@@ -42,6 +42,13 @@ debug: $(VENV)-debug/bin/python
 	GRPC_BATCHER_DEBUG=1 $(VENV)-debug/bin/pip install --quiet --force-reinstall --no-deps . && \
 		$(VENV)-debug/bin/pip install --quiet ".[test]"
 	$(VENV)-debug/bin/pytest tests
+
+# The core's tests in a build with a sanitizer, and faults planted for it to find.
+tsan: $(VENV)/installed-test
+	$(BIN)/python scripts/sanitize.py thread
+
+asan: $(VENV)/installed-test
+	$(BIN)/python scripts/sanitize.py address
 
 proto: $(PROTO_VENV)/bin/python
 	$(PROTO_VENV)/bin/python scripts/generate_proto.py
