@@ -8,8 +8,9 @@ SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.py grpc_b
 OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_readme.py,$(wildcard tests/test_*.py))
 
 SOAK_S ?= 600
+FUZZ_S ?= 300
 
-.PHONY: demo test test-gears bench soak lint debug tsan asan proto check-proto clean
+.PHONY: demo test test-gears bench soak lint debug tsan asan fuzz proto check-proto clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/atari_demo.py
@@ -49,6 +50,10 @@ tsan: $(VENV)/installed-test
 
 asan: $(VENV)/installed-test
 	$(BIN)/python scripts/sanitize.py address
+
+# Random messages for the readers, for so many seconds.
+fuzz: $(VENV)/installed-fuzz
+	$(BIN)/python scripts/fuzz.py -max_len=400 -verbosity=0 -max_total_time=$(FUZZ_S)
 
 proto: $(PROTO_VENV)/bin/python
 	$(PROTO_VENV)/bin/python scripts/generate_proto.py
