@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
 SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.py grpc_batcher/*.pyi grpc_batcher/*.pyx grpc_batcher/_proto/*)
 
-OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_readme.py,$(wildcard tests/test_*.py))
+OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_leaks.py tests/test_readme.py,$(wildcard tests/test_*.py))
 
 SOAK_S ?= 600
 FUZZ_S ?= 300
+DEBUG_TESTS ?= tests
 
 .PHONY: demo test test-gears bench soak lint debug tsan asan fuzz proto check-proto clean
 
@@ -42,7 +43,7 @@ lint: $(VENV)/installed-lint
 debug: $(VENV)-debug/bin/python
 	GRPC_BATCHER_DEBUG=1 $(VENV)-debug/bin/pip install --quiet --force-reinstall --no-deps . && \
 		$(VENV)-debug/bin/pip install --quiet ".[test]"
-	$(VENV)-debug/bin/pytest tests
+	$(VENV)-debug/bin/pytest $(DEBUG_TESTS)
 
 # The core's tests in a build with a sanitizer, and faults planted for it to find.
 tsan: $(VENV)/installed-test
