@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
 SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.py grpc_batcher/*.pyi grpc_batcher/*.pyx grpc_batcher/_proto/*)
 
-OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_readme.py tests/test_build_script.py,$(wildcard tests/test_*.py))
+OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_leaks.py tests/test_readme.py tests/test_build_script.py,$(wildcard tests/test_*.py))
 
 SOAK_S ?= 600
+FUZZ_S ?= 300
+DEBUG_TESTS ?= tests
 
-.PHONY: demo test test-gears matrix bench soak lint debug wheels dist proto check-proto clean
+.PHONY: demo test test-gears matrix bench soak lint debug tsan asan fuzz wheels dist proto check-proto clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/atari_demo.py
@@ -46,7 +48,18 @@ lint: $(VENV)/installed-lint
 debug: $(VENV)-debug/bin/python
 	GRPC_BATCHER_DEBUG=1 $(VENV)-debug/bin/pip install --quiet --force-reinstall --no-deps . && \
 		$(VENV)-debug/bin/pip install --quiet ".[test]"
-	$(VENV)-debug/bin/pytest tests
+	$(VENV)-debug/bin/pytest $(DEBUG_TESTS)
+
+# The core's tests in a build with a sanitizer, and faults planted for it to find.
+tsan: $(VENV)/installed-test
+	$(BIN)/python scripts/sanitize.py thread
+
+asan: $(VENV)/installed-test
+	$(BIN)/python scripts/sanitize.py address
+
+# Random messages for the readers, for so many seconds.
+fuzz: $(VENV)/installed-fuzz
+	$(BIN)/python scripts/fuzz.py -max_len=400 -verbosity=0 -max_total_time=$(FUZZ_S)
 
 wheels: $(VENV)/installed-dist
 	$(BIN)/python scripts/build_wheels.py

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import resource
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def describe() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "grpc_batcher": _version("grpc-batcher"),
+        "commit": _commit(),
         "grpcio": _version("grpcio"),
         "protobuf": _version("protobuf"),
         "mosec": _version("mosec"),
@@ -47,7 +49,7 @@ def in_words(machine: dict[str, Any]) -> str:
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, Linux {machine['kernel']}; "
         f"Python {machine['python']}, grpcio {machine['grpcio']}, protobuf {machine['protobuf']}, "
-        f"grpc_batcher {machine['grpc_batcher']}"
+        f"grpc_batcher {machine['grpc_batcher']} at {machine['commit'] or 'no commit'}"
         + (f"; {others}" if others else "")
         + (f"; {environment}" if environment else "")
     )
@@ -59,6 +61,15 @@ def _cpu_model() -> str:
         if name.strip() == "model name":
             return value.strip()
     return platform.machine()
+
+
+def _commit() -> str | None:
+    """Of the tree that this file stands in, with "-dirty" behind it if it was changed."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _version(distribution: str) -> str | None:

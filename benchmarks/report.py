@@ -201,13 +201,16 @@ def _target_line(number: int, target: Target, results: Results) -> Line:
     rounds = results[target.over.key].rounds(target.over.value)
     if target.under is not None:
         unders = results[target.under.key].rounds(target.under.value)
-        rounds = [over / under for over, under in zip(rounds, unders, strict=False)]
+        # Where a round of one is missing nobody knows which belong together.
+        rounds = (
+            [over / under for over, under in zip(rounds, unders, strict=True)] if len(rounds) == len(unders) else []
+        )
     return line | _spread(rounds)
 
 
 def _spread(rounds: Sequence[float]) -> Line:
     """The largest minus the smallest, in percent of the median."""
-    middle = median(rounds)
+    middle = median(rounds) if rounds else 0
     return {"spread %": (max(rounds) - min(rounds)) / middle * 100} if len(rounds) > 1 and middle else {}
 
 

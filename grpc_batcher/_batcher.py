@@ -32,6 +32,9 @@ _logger = logging.getLogger("grpc_batcher")
 # What streams get to end when the server stops, so that a reply or a status just sent is not cut off.
 _STREAM_END_GRACE_S = 0.05
 
+# ... and connections that were slow to take their last replies.
+_SLOW_CONNECTION_GRACE_S = 1.0
+
 # gRPC's keepalive (its doc/keepalive.md): a caller whose host is gone without a word is noticed after this interval and
 # timeout, also while nothing is sent. Callers may ping much more often than gRPC's default of every five minutes.
 _KEEPALIVE_INTERVAL_MS = 30_000
@@ -241,7 +244,7 @@ class MukoeBatcher:
         else:
             self._shutdown_done.wait(grace_s)
 
-    def _shut_down(self, grace_s: float) -> None:
+    def _shut_down(self, grace_s: float, *, at_exit: bool = False) -> None:
         _running.discard(self)
         if self._server is None:
             return
@@ -254,10 +257,15 @@ class MukoeBatcher:
             _logger.warning(
                 "shutdown after a grace of %s s: %d requests are left without an answer", grace_s, abandoned
             )
-        self._service.wait_until_replied(max(end_s - time.monotonic(), _STREAM_END_GRACE_S))
-        # Not with gRPC's own grace: for that it starts a thread, which an interpreter that exits does not allow.
+        connection_grace_s = _STREAM_END_GRACE_S
+        if not self._service.wait_until_replied(_STREAM_END_GRACE_S):
+            # Long replies, or callers that are slow to take them. To gRPC one is out when the system has it; within a
+            # grace gRPC then makes sure by a ping, before it closes a connection.
+            self._service.wait_until_replied(max(end_s - time.monotonic(), 0))
+            connection_grace_s = _SLOW_CONNECTION_GRACE_S
         self._service.wait_until_closed(_STREAM_END_GRACE_S)
-        self._server.stop(None).wait()
+        # For a grace gRPC starts a thread, which an interpreter that exits does not allow.
+        self._server.stop(None if at_exit else connection_grace_s).wait()
         self._threads.shutdown()
 
     def __enter__(self) -> MukoeBatcher:
@@ -463,7 +471,7 @@ def _add_port(server: grpc.Server, address: str, credentials: grpc.ServerCredent
 
 def _can_be_used(credentials: grpc.ServerCredentials) -> bool:
     """Whether gRPC takes them for an address that can surely be had."""
-    return _add_port(grpc.server(DaemonThreadPool("grpc_batcher-probe")), "localhost:0", credentials) != 0
+    return _add_port(grpc.server(DaemonThreadPool("grpc_batcher-probe")), "127.0.0.1:0", credentials) != 0
 
 
 def _why_not(host: str, port: int) -> str:
@@ -498,7 +506,7 @@ def _shut_down_at_exit() -> None:
         batcher._standard_services.say_serving(False)
     for batcher in batchers:
         try:
-            batcher._shut_down(max(end_s - time.monotonic(), 0))
+            batcher._shut_down(max(end_s - time.monotonic(), 0), at_exit=True)
         except Exception:
             _logger.exception("%r did not shut down well", batcher)
 

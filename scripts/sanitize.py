@@ -58,11 +58,11 @@ PLANTS = {
             "test_core.py::test_no_more_than_capacity_requests_may_wait",
             "AddressSanitizer: heap-buffer-overflow",
         ),
-        Plant(  # a ticket that left is dropped twice
+        Plant(  # a list is given back too early
             "_core.pyx",
-            "        if left_the_ring:\n            Py_DECREF(<Ticket>ticket.owner)\n",
-            "        if left_the_ring:\n            Py_DECREF(<Ticket>ticket.owner)\n            Py_DECREF(<Ticket>ticket.owner)\n",
-            "test_core.py::test_a_waiting_request_leaves_with_its_stream",
+            "            # After the mutex, or those who wake would only queue up for it.\n",
+            "            PyMem_Free(settled)\n",
+            "test_core.py::test_each_ticket_gets_its_own_outcome",
             "AddressSanitizer: heap-use-after-free",
         ),
         Plant(  # a length is believed
@@ -72,12 +72,12 @@ PLANTS = {
             "test_wire.py::test_any_request_means_to_us_what_it_means_to_protobuf",
             "AddressSanitizer: heap-buffer-overflow",
         ),
-        Plant(  # a varint is shifted too far
+        Plant(  # more fields are taken than there is room for
             "_wire.pyx",
-            "while at[0] < end and shift < 64:",
-            "while at[0] < end and shift < 80:",
-            "test_wire.py::test_any_request_means_to_us_what_it_means_to_protobuf",
-            "runtime error: shift exponent",
+            "len(fields) > MAX_FIELDS",
+            "len(fields) > 2 * MAX_FIELDS",
+            "test_wire.py::test_a_codec_refuses_what_it_does_not_know",
+            "runtime error: index 8 out of bounds",
         ),
     ],
 }
@@ -142,8 +142,8 @@ def main() -> int:
     package = ROOT / "build" / sanitizer / "package"
     build(ROOT, sanitizer, package)
     status = run_tests(package, sanitizer, TESTS).returncode
-    all_found = all([finds(plant, sanitizer) for plant in PLANTS[sanitizer]])
-    return status or not all_found
+    missed = [plant for plant in PLANTS[sanitizer] if not finds(plant, sanitizer)]
+    return status or len(missed)
 
 
 if __name__ == "__main__":

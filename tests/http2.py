@@ -47,10 +47,17 @@ class HandmadeCaller:
 
     def open_stream(self) -> int:
         """Open a stream, and send nothing on it; its number."""
-        number = self._connection.get_next_available_stream_id()
-        self._connection.send_headers(number, _HEADERS)
-        self._flush()
+        (number,) = self.open_streams(1)
         return number
+
+    def open_streams(self, count: int) -> list[int]:
+        """Open so many in one go; their numbers."""
+        numbers = []
+        for _ in range(count):
+            numbers.append(self._connection.get_next_available_stream_id())
+            self._connection.send_headers(numbers[-1], _HEADERS)
+        self._flush()
+        return numbers
 
     def send(self, stream: int, data: bytes, *, end: bool = False) -> None:
         """Send bytes as they are, a few KB at the most."""

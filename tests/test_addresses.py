@@ -224,6 +224,17 @@ def test_a_server_that_comes_back_gets_its_share_again(monkeypatch: pytest.Monke
             eventually(lambda: set(send()) == {0, 1, 2})
 
 
+def test_a_client_that_could_reach_none_of_its_servers_is_answered_once_one_is_back() -> None:
+    with three_servers() as batchers, client_of(batchers) as client:
+        client.send_request(b"x")
+        for batcher in batchers:
+            batcher.shutdown()
+        for _ in range(5):
+            assert error_of(client.send_request, b"x").code() is UNAVAILABLE
+        with serving(answering_with(7), port=batchers[0].port):
+            assert client.send_request(b"x")[1] == 7
+
+
 SERVER_PROGRAM = """
     import sys
 

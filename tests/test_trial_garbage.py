@@ -176,7 +176,7 @@ def test_thousands_of_streams_may_be_opened_at_once_and_left_and_are_gone_with_t
     streams, neighbours = 3000, 2
     before = resident_bytes()
     with unharmed_neighbours() as batcher, HandmadeCaller(batcher.port) as caller:
-        opened = [caller.open_stream() for _ in range(streams)]
+        opened = caller.open_streams(streams)
         eventually(lambda: batcher.metrics().open_streams == streams + neighbours)
         caller.send(opened[-1], b"", end=True)
         assert caller.status(opened[-1])[0] == OK
@@ -186,8 +186,7 @@ def test_thousands_of_streams_may_be_opened_at_once_and_left_and_are_gone_with_t
 def test_streams_beyond_the_limit_are_refused_however_many_are_opened() -> None:
     streams, limit, neighbours = 2000, 500, 2
     with unharmed_neighbours(max_streams=limit) as batcher, HandmadeCaller(batcher.port) as caller:
-        for _ in range(streams):
-            caller.open_stream()
+        caller.open_streams(streams)
         ends = caller.wait_for_statuses(streams - (limit - neighbours))
         # gRPC turns away by itself what comes faster than it is taken.
         assert RESOURCE_EXHAUSTED in {number for number, _ in ends} <= {RESOURCE_EXHAUSTED, CANCELLED}
@@ -204,8 +203,7 @@ def test_a_caller_that_never_takes_its_answers_costs_no_more_than_these_and_hold
 
     with serving(answer_at_length) as batcher, connect(batcher) as client:
         with HandmadeCaller(batcher.port) as caller:
-            opened = [caller.open_stream() for _ in range(streams)]
-            for stream in opened:
+            for stream in caller.open_streams(streams):
                 caller.send(stream, (message_head(len(REQUEST)) + REQUEST) * requests_on_each)
             eventually(lambda: batcher.metrics().requests.get("OK") == streams)
             for number in range(100):

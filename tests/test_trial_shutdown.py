@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import random
+import socket
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -49,25 +52,66 @@ def test_a_shutdown_while_a_window_is_half_full_answers_what_waits_without_the_w
     ledger.account()
 
 
-def test_a_shutdown_while_replies_are_on_their_way_lets_each_arrive(tmp_path: Path) -> None:
-    """Some have arrived when it begins. With a megabyte each the others take a while."""
-    callers, answer_bytes = 32, 1_000_000
-    arrived = threading.Semaphore(0)
+class SlowLink:
+    """Passes on one caller's bytes at once, and those of the server at 64 KiB in five milliseconds."""
 
-    def ask(number: int) -> tuple[dict[str, bytes], int]:
-        result = client.send_request(b"%d" % number)
-        arrived.release()
-        return result
+    PIECE_BYTES, PAUSE_S = 65536, 0.005
+
+    def __init__(self, port: int) -> None:
+        self.has_begun = threading.Event()  # to pass on an answer
+        self._server_port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        caller, _ = self._listener.accept()
+        with caller, socket.create_connection(("127.0.0.1", self._server_port)) as server:
+            upstream = threading.Thread(target=self._pass_on, args=(caller, server, 0))
+            upstream.start()
+            self._pass_on(server, caller, self.PAUSE_S)
+            upstream.join()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket, pause_s: float) -> None:
+        passed_bytes = 0
+        with suppress(OSError):
+            while data := source.recv(self.PIECE_BYTES):
+                time.sleep(pause_s)
+                target.sendall(data)
+                passed_bytes += len(data)
+                if passed_bytes > 3 * self.PIECE_BYTES:
+                    self.has_begun.set()
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> SlowLink:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+        self._listener.close()
+
+
+def test_a_shutdown_while_replies_are_on_their_way_lets_them_arrive() -> None:
+    """It begins when the beginning of a long one has passed a slow link."""
+    answer_bytes = 10_000_000
 
     def answer_at_length(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
-        return [({"result": data * (answer_bytes // len(data))}, int(data)) for data in requests]
+        return [({"result": bytes(answer_bytes)}, 7) for _ in requests]
 
-    with serving(answer_at_length, batch_size=callers, batch_timeout_s=1e6) as batcher, connect(batcher) as client:
-        requests = [in_background(ask, number) for number in range(callers)]
-        arrived.acquire()
+    with (
+        serving(answer_at_length) as batcher,
+        connect(batcher) as idle_client,
+        SlowLink(batcher.port) as link,
+        MukoeBatcherClient(link.address) as client,
+    ):
+        idle_client.send_request(b"a stream")
+        request = in_background(client.send_request, b"x")
+        link.has_begun.wait()
         batcher.shutdown(grace_s=60)
-        for number, request in enumerate(requests):
-            assert request.result() == answer_at_length([b"%d" % number])[0]
+        assert request.result() == ({"result": bytes(answer_bytes)}, 7)
 
 
 @pytest.mark.timeout(60 + 30 * LENGTH)

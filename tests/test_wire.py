@@ -138,6 +138,7 @@ def test_written_answers_are_protobufs_to_the_byte(answer: Answer) -> None:
 @example(b"\x0a\x00\x12\x00")  # both kinds: the last one counts
 @example(b"\x12\x0b\x10\xff\xff\xff\xff\xff\xff\xff\xff\xff\x7f")  # a varint of over 64 bits
 @example(b"\x12\x06\x10\xff\xff\xff\xff\x1f")  # one of over 32 bits
+@example(b"\x0a\x03\x0a\x28a")  # a length that goes beyond the end
 def test_any_request_means_to_us_what_it_means_to_protobuf(message: bytes) -> None:
     for model in ("repr", "dyna"):
         assert read_request(model, message) == read_request_with_protobuf(model, message)
@@ -149,6 +150,8 @@ def test_any_request_means_to_us_what_it_means_to_protobuf(message: bytes) -> No
 @example(b"\x0a\x00")
 @example(b"\x0a\x04\x10\x05\x0a\x00")  # the step before a pair
 @example(b"\x0a\x02\x10\x05\x0a\x02\x10\x06")  # the result in two parts
+@example(b"\x0a\x05\x0a\x28\x0a\x01k")  # a length that goes beyond the end
+@example(b"\x0a\x05\x0a\x03\x0a\x28k")
 @example(b"\x0a\x05\x0a\x03\x0a\x01\xff")  # a key that is no UTF-8
 @example(b"\x0a\x08\x0a\x06\x12\x01v\x0a\x01k")  # a value before its key
 @example(b"\x0a\x07\x0a\x05\x0a\x01k\x10\x05")  # an unknown field in a pair, which looks like the step

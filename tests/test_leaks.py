@@ -1,0 +1,100 @@
+"""The native modules in a process of their own: thousands of rounds of all they do leave no memory behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from serving import run_program
+
+# Blocks are what Python's allocator has given out; what is over 512 bytes comes from malloc, and shows in the memory.
+HEAD = """
+import gc, re, sys
+from pathlib import Path
+
+def used():
+    gc.collect()
+    memory_kib = re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
+    return sys.getallocatedblocks(), int(memory_kib) << 10
+
+def repeat(one_round):
+    for _ in range(200):
+        one_round()
+    before = used()
+    for _ in range(ROUNDS):
+        one_round()
+    blocks, memory_bytes = (after - first for after, first in zip(used(), before))
+    # One block a round would be ROUNDS of them; one payload a round would be 200 MB.
+    assert blocks < ROUNDS / 10, f"{blocks} blocks more after {ROUNDS} rounds"
+    assert memory_bytes < 50_000_000, f"{memory_bytes} bytes more after {ROUNDS} rounds"
+
+ROUNDS = 2000
+PAYLOAD = bytes(100_000)
+"""
+
+CORE = """
+sys.path.insert(0, sys.argv[1])
+from test_core_threads import ENDINGS
+from grpc_batcher._core import ManualClock, WaitingRoom
+
+class Large:
+    def __init__(self):
+        self.payload = bytearray(100_000)
+
+def end_all_ways():
+    for end in ENDINGS:
+        clock = ManualClock(1)
+        end(WaitingRoom(1, 0, 1, clock), clock, Large(), Large())
+    WaitingRoom(1, 0, 100_000)  # a large ring
+
+repeat(end_all_ways)
+print("ok")
+"""
+
+WIRE = """
+from grpc_batcher import _wire
+
+codec = _wire.RequestCodec(2, [(1, True), (2, False)])
+buffer = bytearray(PAYLOAD)
+key = "key" * 100
+ANSWER = _wire.write_answer({key: PAYLOAD, "other": b"value"}, -1)
+REQUEST = codec.write([PAYLOAD, -1])
+
+def raises(error, function, *arguments):
+    try:
+        function(*arguments)
+    except error:
+        return
+    raise AssertionError(f"{function} did not raise {error}")
+
+def read_and_write():
+    assert codec.read(codec.write([buffer, 5])) == (PAYLOAD, 5)
+    raises(TypeError, codec.write, [buffer, None])
+    raises(TypeError, codec.write, [None, 5])
+    raises(TypeError, codec.write, [buffer])
+    raises(OverflowError, codec.write, [buffer, 2**31])
+    raises(BufferError, codec.write, [memoryview(buffer)[::2], 5])
+    raises(ValueError, _wire.RequestCodec, 16, [(1, True)])
+    assert codec.read(REQUEST[:-1]) is None  # what is broken behind a payload that was read
+    assert codec.read(REQUEST[:-1] + b"\\x80") is None
+    assert _wire.read_answer(ANSWER) == ({key: PAYLOAD, "other": b"value"}, -1)
+    assert _wire.read_answer(ANSWER[:-1] + b"\\x80") is None
+    assert _wire.read_answer(b"\\x0a\\x05\\x0a\\x03\\x0a\\x01\\xff") is None
+    raises(TypeError, _wire.write_answer, {key: None}, 1)
+    raises(TypeError, _wire.write_answer, {key: PAYLOAD, 1: b""}, 1)
+    raises(UnicodeEncodeError, _wire.write_answer, {"\\ud800": PAYLOAD}, 1)
+
+watched = buffer, key, PAYLOAD, ANSWER, REQUEST, codec
+read_and_write()
+before = [sys.getrefcount(each) for each in watched]
+repeat(read_and_write)
+assert [sys.getrefcount(each) for each in watched] == before
+buffer.append(1)  # which a buffer that is still held would forbid
+print("ok")
+"""
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("script", [CORE, WIRE], ids=["core", "wire"])
+def test_thousands_of_rounds_leave_no_memory_behind(script: str, tmp_path: Path) -> None:
+    assert run_program(tmp_path, HEAD + script, str(Path(__file__).parent)) == ["ok"]
