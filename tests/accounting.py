@@ -28,7 +28,7 @@ LENGTH = int(os.environ.get("GRPC_BATCHER_TRIALS", "1"))
 # What a caller waits before it tries again, as real ones do; and one in a process of its own between two requests, so
 # that twenty of them leave some of a small machine to others.
 _PAUSE_S = 0.001
-_THINKING_S = 0.003
+_THINKING_S = 0.01
 
 
 class Account(NamedTuple):

@@ -150,7 +150,7 @@ def test_a_caller_may_end_with_requests_in_the_air_and_they_leave_the_server(
     """Its daemon threads wait in gRPC as the interpreter ends."""
     with (
         Held() as held,
-        serving(held) as batcher,
+        serving(held, batch_size=1) as batcher,
         connect(batcher) as client,
         start_program(tmp_path, ENDING_CALLER_PROGRAM.replace("ENDING", ending), address_of(batcher)) as program,
     ):

@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import grpc
 import pytest
 from accounting import LENGTH, Ledger
 from serving import Held, address_of, answer, connect, error_of, eventually, in_background, serving
@@ -66,7 +67,9 @@ class SlowLink:
 
     def _run(self) -> None:
         caller, _ = self._listener.accept()
-        with caller, socket.create_connection(("127.0.0.1", self._server_port)) as server:
+        with caller, socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.PIECE_BYTES)  # so that little is under way
+            server.connect(("127.0.0.1", self._server_port))
             upstream = threading.Thread(target=self._pass_on, args=(caller, server, 0))
             upstream.start()
             self._pass_on(server, caller, self.PAUSE_S)
@@ -94,6 +97,10 @@ class SlowLink:
         self._listener.close()
 
 
+@pytest.mark.skipif(
+    tuple(int(part) for part in grpc.__version__.split(".")[:2]) < (1, 62),
+    reason="older gRPC says that a reply is out before it is, and cuts it off as the server stops",
+)
 def test_a_shutdown_while_replies_are_on_their_way_lets_them_arrive() -> None:
     """It begins when the beginning of a long one has passed a slow link."""
     answer_bytes = 10_000_000
