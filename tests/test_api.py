@@ -689,7 +689,7 @@ def test_data_may_change_once_its_answer_is_there() -> None:
         assert (first, client.send_request(data)) == (answer(b"first"), answer(b"other"))
 
 
-@pytest.mark.parametrize("data", [None, 3, 1.5, [1, 2], {"a": 1}, object()], ids=repr)
+@pytest.mark.parametrize("data", [None, 3, 1.5, [1, 2], {"a": 1}, {1}], ids=repr)
 def test_data_without_bytes_is_refused_before_anything_is_sent(data: Any) -> None:
     with serving() as batcher, connect(batcher) as client:
         with pytest.raises(TypeError, match=r"\Adata is ") as caught:
