@@ -7,6 +7,8 @@ SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.py grpc_b
 
 OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_leaks.py tests/test_readme.py tests/test_build_script.py,$(wildcard tests/test_*.py))
 
+# So many tests at once: most wait for something.
+TEST_PROCESSES ?= 4
 SOAK_S ?= 600
 FUZZ_S ?= 300
 DEBUG_TESTS ?= tests
@@ -17,12 +19,12 @@ demo: $(VENV)/installed-demo
 	$(BIN)/python examples/atari_demo.py
 
 test: $(VENV)/installed-test
-	$(BIN)/pytest tests
+	$(BIN)/pytest -n $(TEST_PROCESSES) tests
 
 # The tests over sockets once more, in the pairings of server and client that `make test` leaves out.
 test-gears: $(VENV)/installed-test
 	for gears in public public/direct direct/public; do \
-		GRPC_BATCHER_GEAR=$$gears $(BIN)/pytest -q $(OVER_SOCKETS) || exit 1; \
+		GRPC_BATCHER_GEAR=$$gears $(BIN)/pytest -q -n $(TEST_PROCESSES) $(OVER_SOCKETS) || exit 1; \
 	done
 
 # The tests with the oldest and the newest grpcio, protobuf and numpy, on each Python here.
@@ -48,7 +50,7 @@ lint: $(VENV)/installed-lint
 debug: $(VENV)-debug/bin/python
 	GRPC_BATCHER_DEBUG=1 $(VENV)-debug/bin/pip install --quiet --force-reinstall --no-deps . && \
 		$(VENV)-debug/bin/pip install --quiet ".[test]"
-	$(VENV)-debug/bin/pytest $(DEBUG_TESTS)
+	$(VENV)-debug/bin/pytest -n $(TEST_PROCESSES) $(DEBUG_TESTS)
 
 # The core's tests in a build with a sanitizer, and faults planted for it to find.
 tsan: $(VENV)/installed-test

@@ -112,7 +112,7 @@ def run_row(row: Row, wheel: Path, tests: list[str]) -> None:
         row.versions = versions(there)
         log = environment / "tests.log"
         with subprocess.Popen(
-            [environment / "bin" / "pytest", "-q", "-p", "no:cacheprovider", *KNOWN_WARNINGS, *tests],
+            [environment / "bin" / "pytest", "-q", "-n", "4", "-p", "no:cacheprovider", *KNOWN_WARNINGS, *tests],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         ) as program, log.open("w") as copy:  # fmt: skip
             assert program.stdout is not None

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from serving import answer, connect, echo, error_of, in_background, serving
+from serving import answer, connect, echo, error_of, eventually, in_background, serving
 
 from grpc_batcher._callback import Failure, outcomes_of
 from grpc_batcher._delivery import Delivery
@@ -123,6 +123,7 @@ def test_a_callback_that_asks_its_own_batcher_runs_out_of_its_time_and_wedges_no
         if b"outer" in requests:
             for _ in range(3):
                 codes.append(error_of(inner_client.send_request, b"inner", timeout_s=0.05).code())
+                eventually(lambda: batcher.metrics().waiting == 0)  # the server has heard of it, too
         return echo(requests)
 
     with serving(ask_the_batcher_itself) as batcher, connect(batcher) as client, connect(batcher) as inner_client:

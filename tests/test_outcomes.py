@@ -10,6 +10,7 @@ import pickle
 import random
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from typing import Any
 
 import grpc
@@ -673,7 +674,7 @@ def test_a_large_answer_is_sent_to_its_end_while_the_batcher_closes() -> None:
         with old_style_call(address_of(batcher), MODELS["repr"].write_request({"data": b"x"})) as call:
             eventually(lambda: batcher.metrics().requests.get("OK"))
             shutdown = in_background(batcher.shutdown, grace_s=50)
-            with pytest.raises(TimeoutError):
+            with pytest.raises(futures.TimeoutError):
                 shutdown.result(0.5)
             assert len(next(call)) > size
         shutdown.result()
