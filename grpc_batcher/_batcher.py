@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ from typing import Any
 import grpc
 
 from . import _core, _forks, _gears
-from ._callback import outcomes_of
+from ._callback import Failure, outcomes_of
 from ._delivery import Delivery
 from ._errors import BindError
 from ._metrics import Metrics, Recorder, summary
@@ -103,10 +104,11 @@ class MukoeBatcher:
         self._server: grpc.Server | None = None
         self._threads = DaemonThreadPool("grpc_batcher-stream")
         self._batch_thread = threading.Thread(target=self._run, name="grpc_batcher-batch", daemon=True)
-        self._lock = threading.RLock()  # a signal handler may call shutdown in a thread that holds it
-        self._ready = threading.Event()
+        # Reentrant, and no Event beside it: a signal handler may call shutdown in a thread that is just in here.
+        self._changed = threading.Condition(threading.RLock())
+        self._started_in: int | None = None  # the process
         self._shutdown_begun = False
-        self._shutdown_done = threading.Event()
+        self._shutdown_done = False
 
     # ---- life cycle ----
 
@@ -115,7 +117,7 @@ class MukoeBatcher:
 
         Raises BindError if the address can not be had, and RuntimeError if it was started or shut down before.
         """
-        with self._lock:
+        with self._changed:
             if self._shutdown_begun:
                 raise RuntimeError("this batcher was shut down; create another")
             if self._server is not None:
@@ -134,7 +136,8 @@ class MukoeBatcher:
                 raise
             self._server = server
             _running.add(self)
-            self._ready.set()
+            self._started_in = os.getpid()
+            self._changed.notify_all()
             self._standard_services.say_serving(not self._shutdown_begun)
             if self._shutdown_begun:  # by a signal handler, in this very thread
                 self._shut_down(grace_s=0)
@@ -174,7 +177,7 @@ class MukoeBatcher:
         try:
             if not self.is_server_ready():
                 self.start()
-            while not received and not self._shutdown_done.wait(_SIGNAL_CHECK_S):
+            while not received and not self._wait_until_shut_down(_SIGNAL_CHECK_S):
                 pass
             if received:
                 _logger.info("%s: shutting down within %s s", signal.Signals(received[0]).name, grace_s)
@@ -182,7 +185,7 @@ class MukoeBatcher:
                 threading.Thread(
                     target=self.shutdown, args=(grace_s,), name="grpc_batcher-shutdown", daemon=True
                 ).start()
-            while not self._shutdown_done.wait(_SIGNAL_CHECK_S):
+            while not self._wait_until_shut_down(_SIGNAL_CHECK_S):
                 pass
         finally:
             for number, handler in handlers.items():
@@ -191,8 +194,8 @@ class MukoeBatcher:
 
     def _bind(self, server: grpc.Server) -> int:
         """Return the port that the server listens on; for a unix socket what was asked for."""
-        if _is_unix(self._host) and _is_served(self._host):
-            raise BindError(f"can not listen on {self.address}: another server does")
+        if why := _why_not(self._host, self._port):
+            raise BindError(f"can not listen on {self.address}: {why}")
         port = _add_port(server, self.address, self._credentials)
         if port == 0:
             if self._credentials is not None and not _can_be_used(self._credentials):
@@ -200,20 +203,21 @@ class MukoeBatcher:
                     f"credentials is {self._credentials!r}, of which gRPC can not use the certificate, the key or the "
                     "root certificates (it said which on stderr); they must be PEM, and the key that of the certificate"
                 )
-            raise BindError(f"can not listen on {self.address}: {_why_not(self._host, self._port)}")
+            raise BindError(f"can not listen on {self.address}; gRPC said why on stderr")
         return self._port if _is_unix(self._host) else port
 
     def is_server_ready(self) -> bool:
-        """Whether it is started and not shut down."""
-        return self._ready.is_set() and not self._shutdown_begun
+        """Whether it is started, in this process, and not shut down."""
+        return self._started_in == os.getpid() and not self._shutdown_begun
 
     def wait_until_ready(self, timeout_s: float | None = None) -> None:
         """Wait until another thread has started it.
 
         Raises TimeoutError after `timeout_s` seconds (None: never), and RuntimeError if it is shut down.
         """
-        if not self._shutdown_begun and not self._ready.wait(timeout_s):
-            raise TimeoutError(f"the batcher is not ready after {timeout_s} s; was start() called?")
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._shutdown_begun or self._started_in is not None, timeout_s):
+                raise TimeoutError(f"the batcher is not ready after {timeout_s} s; was start() called?")
         if self._shutdown_begun:
             raise RuntimeError("this batcher was shut down")
 
@@ -224,32 +228,52 @@ class MukoeBatcher:
             UNAVAILABLE at once, and so does what is left when the grace is over.
 
         May be called again, and from any thread: all calls return when the first is done, or their own grace is over.
-        From the callback it returns at once, and the shutdown goes on behind it.
+        From the callback it returns at once, and the shutdown goes on behind it. In a forked child it does nothing:
+        the batcher is its parent's.
         """
         _check_grace(grace_s)
+        if self._started_in not in (None, os.getpid()):
+            return
         if threading.current_thread() is self._batch_thread:
             threading.Thread(target=self.shutdown, args=(grace_s,), name="grpc_batcher-shutdown").start()
             return
-        with self._lock:
+        with self._changed:
             first = not self._shutdown_begun
             self._shutdown_begun = True
             self._room.close()
-            self._ready.set()  # whoever waits for it learns that it is over
-        if first:
-            try:
-                self._standard_services.say_serving(False)
-                self._shut_down(grace_s)
-            finally:
-                self._shutdown_done.set()
-        else:
-            self._shutdown_done.wait(grace_s)
+            self._changed.notify_all()
+        if not first:
+            self._wait_until_shut_down(grace_s)
+            return
+        try:
+            self._standard_services.say_serving(False)
+            self._shut_down(grace_s)
+        finally:
+            with self._changed:
+                self._shutdown_done = True
+                self._changed.notify_all()
+
+    def _wait_until_shut_down(self, timeout_s: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._shutdown_done, timeout_s)
 
     def _shut_down(self, grace_s: float, *, at_exit: bool = False) -> None:
         _running.discard(self)
         if self._server is None:
             return
-        end_s = time.monotonic() + grace_s
-        self._batch_thread.join(grace_s)
+        connection_grace_s = _STREAM_END_GRACE_S
+        try:
+            if not self._drain(time.monotonic() + grace_s, grace_s):
+                connection_grace_s = _SLOW_CONNECTION_GRACE_S
+        finally:  # also if Ctrl-C, or a handler of the log, broke into it
+            self._room.abandon()
+            # For a grace gRPC starts a thread, which an interpreter that exits does not allow.
+            self._server.stop(None if at_exit else connection_grace_s).wait()
+            self._threads.shutdown()
+
+    def _drain(self, end_s: float, grace_s: float) -> bool:
+        """Let what was taken in end, until a monotonic time; return whether all callers were quick to take it."""
+        self._batch_thread.join(max(end_s - time.monotonic(), 0))
         abandoned = self._room.abandon()
         self._delivery.close(max(end_s - time.monotonic(), _STREAM_END_GRACE_S))
         self._service.end_streams()
@@ -257,16 +281,13 @@ class MukoeBatcher:
             _logger.warning(
                 "shutdown after a grace of %s s: %d requests are left without an answer", grace_s, abandoned
             )
-        connection_grace_s = _STREAM_END_GRACE_S
-        if not self._service.wait_until_replied(_STREAM_END_GRACE_S):
+        quick = self._service.wait_until_replied(_STREAM_END_GRACE_S)
+        if not quick:
             # Long replies, or callers that are slow to take them. To gRPC one is out when the system has it; within a
             # grace gRPC then makes sure by a ping, before it closes a connection.
             self._service.wait_until_replied(max(end_s - time.monotonic(), 0))
-            connection_grace_s = _SLOW_CONNECTION_GRACE_S
         self._service.wait_until_closed(_STREAM_END_GRACE_S)
-        # For a grace gRPC starts a thread, which an interpreter that exits does not allow.
-        self._server.stop(None if at_exit else connection_grace_s).wait()
-        self._threads.shutdown()
+        return quick
 
     def __enter__(self) -> MukoeBatcher:
         self.start()
@@ -314,7 +335,7 @@ class MukoeBatcher:
     def __repr__(self) -> str:
         if self._shutdown_begun:
             state = "shut down"
-        elif self._ready.is_set():
+        elif self._started_in is not None:
             state = "serving"
         else:
             state = "not started"
@@ -332,7 +353,10 @@ class MukoeBatcher:
             waits_ns = [ticket.taken_ns - ticket.pushed_ns for ticket in tickets] if timed else ()
             self._recorder.batch_taken(len(tickets), waits_ns)
             begin_ns = time.monotonic_ns() if timed else 0
-            outcomes = outcomes_of(self._callback, [ticket.request for ticket in tickets])
+            try:
+                outcomes = outcomes_of(self._callback, [ticket.request for ticket in tickets])
+            except BaseException as error:  # such as of a handler of the log; this thread must go on
+                outcomes = [Failure(f"the batcher failed: {type(error).__name__}")] * len(tickets)
             if timed:
                 self._recorder.callback_timed(time.monotonic_ns() - begin_ns)
             self._room.finish(tickets, outcomes)
@@ -405,6 +429,11 @@ def create_batcher(
             f"batch_process_fn is {batch_process_fn!r}; it must be a function that takes a list of requests and "
             "returns a list with one (dictionary, step) for each"
         )
+    if credentials is not None and not isinstance(credentials, grpc.ServerCredentials):
+        raise TypeError(f"credentials is {credentials!r}; it must be a grpc.ServerCredentials, or None")
+    for interceptor in interceptors:
+        if not isinstance(interceptor, grpc.ServerInterceptor):
+            raise TypeError(f"interceptors has {interceptor!r}, which is no grpc.ServerInterceptor")
     return MukoeBatcher(
         model=MODELS[model],
         batch_process_fn=batch_process_fn,
@@ -446,19 +475,6 @@ def _is_unix(host: str) -> bool:
     return host.startswith(("unix:", "unix-abstract:"))
 
 
-def _is_served(host: str) -> bool:
-    """Whether a server listens on a unix socket. gRPC would take the path away from it without a word."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(host.removeprefix("unix:"))
-        except BlockingIOError:  # it has more callers than it can take
-            return True
-        except OSError:  # nobody; or a process that was killed left the socket behind, which gRPC replaces
-            return False
-        return True
-
-
 def _add_port(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
     """Return the port, or 0 if it can not be had, as grpcio did before 1.60."""
     try:
@@ -474,17 +490,41 @@ def _can_be_used(credentials: grpc.ServerCredentials) -> bool:
     return _add_port(grpc.server(DaemonThreadPool("grpc_batcher-probe")), "127.0.0.1:0", credentials) != 0
 
 
-def _why_not(host: str, port: int) -> str:
-    """What the system says of an address that gRPC could not have."""
+def _why_not(host: str, port: int) -> str | None:
+    """Why the system will not let a server listen there; None if it will.
+
+    gRPC would take a unix socket's path from another server, and be content with one of the addresses of a name.
+    """
+    if _is_unix(host):
+        return "another server does" if _is_served(host) else None
+    whys = []
     try:
-        if not _is_unix(host):
-            family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, kind) as probe:
-                probe.bind(address)
-                probe.listen()
-    except OSError as error:
-        return f"{error.strerror}"
-    return "gRPC can not have it, and said why on stderr"
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, _, _, address in found:
+            try:
+                with socket.socket(family, kind) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+                    probe.bind(address)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return error.strerror
+                whys.append(error.strerror)  # such as of a family that this machine does not have
+    except (OSError, UnicodeError) as error:
+        return str(error)
+    return whys[0] if len(whys) == len(found) else None
+
+
+def _is_served(host: str) -> bool:
+    """Whether a server listens on a unix socket. gRPC would take the path away from it without a word."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(host.removeprefix("unix:"))
+        except BlockingIOError:  # it has more callers than it can take
+            return True
+        except OSError:  # nobody; or a process that was killed left the socket behind, which gRPC replaces
+            return False
+        return True
 
 
 def _is_local(host: str) -> bool:

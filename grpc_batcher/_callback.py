@@ -49,7 +49,7 @@ def _outcome(result: Any) -> Answer | Failure:
     except BadResultError as error:
         _logger.error("the callback's result for one request %s", error)
         return Failure(f"the callback's result for this request {error}")
-    except Exception as error:  # from methods of the result itself
+    except BaseException as error:  # from methods of the result itself
         _logger.exception("the callback's result for one request can not be read")
         return Failure(f"the callback's result for this request can not be read: {_text(error)}")
 
@@ -57,5 +57,5 @@ def _outcome(result: Any) -> Answer | Failure:
 def _text(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
-    except Exception:
+    except BaseException:
         return f"{type(error).__name__}, whose text can not be had"

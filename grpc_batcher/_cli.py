@@ -6,6 +6,8 @@ An error is one line on stderr.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -59,6 +61,9 @@ for _command in _COMMANDS:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its status. An error is a line on stderr."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        # Process 1 of a container has no default: without a handler it would not heed the signal while a module loads.
+        signal.signal(signal.SIGTERM, lambda number, _frame: os._exit(128 + number))
     try:
         return int(command.main(list(arguments), prog_name=_NAME, standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -17,8 +17,8 @@ from ._cli_options import (
     FILE,
     NEW_FILE,
     Failure,
+    KeyValue,
     check_has_port,
-    key_value,
     seconds,
     seconds_above_0,
     security,
@@ -83,10 +83,9 @@ def _counts(text: str) -> list[int]:
 )
 @click.option(
     "--metadata",
-    type=key_value,
-    metavar="KEY=VALUE",
+    type=KeyValue(),
     multiple=True,
-    help="Sent as streams open, such as a token. May be given again.",
+    help="Sent as streams open, such as a token. May be given again, or in several lines of the variable.",
 )
 @security_options
 @click.option("--json", type=NEW_FILE, help="Write what was found to this file.")

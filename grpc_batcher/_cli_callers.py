@@ -148,9 +148,11 @@ def _told_if_lost() -> Iterator[None]:
 
 
 def _receive(pipe: Connection) -> int | Asked:
-    """What a process says: how many answers it has so far, or what came of its window."""
+    """What a process says: how many answers it has so far, or what came of its window. Raises Failure for its error."""
     with _told_if_lost():
-        said: int | Asked = pipe.recv()
+        said: int | Asked | str = pipe.recv()
+    if isinstance(said, str):
+        raise Failure(said)
     return said
 
 
@@ -168,3 +170,5 @@ def _answer_orders(question: Question, pipe: Connection) -> None:
                 pipe.send(Asked(outcome, cpu_s / lasted_s))
         except (EOFError, OSError):
             return
+        except RuntimeError as error:  # there can be no more threads
+            pipe.send(f"{callers} callers are too many for a process here: {error}")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 import grpc
 
-from ._cli_options import Failure, check_has_port, key_value, seconds_above_0, security, security_options, unresolved
+from ._cli_options import Failure, KeyValue, check_has_port, seconds_above_0, security, security_options, unresolved
 
 
 @click.command(short_help="Ask a server whether it serves.")
@@ -23,10 +23,9 @@ from ._cli_options import Failure, check_has_port, key_value, seconds_above_0, s
 )
 @click.option(
     "--metadata",
-    type=key_value,
-    metavar="KEY=VALUE",
+    type=KeyValue(),
     multiple=True,
-    help="Sent with the question, such as a token. May be given again.",
+    help="Sent with the question, such as a token. May be given again, or in several lines of the variable.",
 )
 @security_options
 def check(address: str, service: str, timeout_s: float, metadata: tuple[tuple[str, str], ...], **tls: Any) -> int:
@@ -42,10 +41,12 @@ def check(address: str, service: str, timeout_s: float, metadata: tuple[tuple[st
     check_has_port(address)
     secured = security(**tls)
     credentials = secured.credentials()
+    # A container's own server is not asked through a proxy.
+    options = (*secured.options(), ("grpc.enable_http_proxy", 0))
     if credentials is None:
-        channel = grpc.insecure_channel(address, secured.options())
+        channel = grpc.insecure_channel(address, options)
     else:
-        channel = grpc.secure_channel(address, credentials, secured.options())
+        channel = grpc.secure_channel(address, credentials, options)
     with channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(

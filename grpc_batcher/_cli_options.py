@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import click
 import grpc
 
+from ._metadata import fault_of
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -51,12 +53,22 @@ def _seconds(value: Any, allowed: str, is_good: Callable[[float], bool]) -> floa
     return number
 
 
-def key_value(text: str) -> tuple[str, str]:
-    """Read key=value. Raises BadParameter."""
-    key, separator, content = text.partition("=")
-    if not (key and separator):
-        raise click.BadParameter(f"{text!r} is not of the form key=value.")
-    return key.lower(), content  # gRPC takes lower case alone
+class KeyValue(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """Metadata as key=value; in an environment variable a line each. No error shows a value: it may be a secret."""
+
+    name = "KEY=VALUE"
+    envvar_list_splitter = "\n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):  # click asks again
+            return value
+        key, separator, content = value.partition("=")
+        if not separator:
+            self.fail("what was given is not of the form key=value.", param, ctx)
+        key = key.strip().lower()  # gRPC takes lower case alone
+        if fault := fault_of(key, content):
+            self.fail(f"{fault}.", param, ctx)
+        return key, content
 
 
 # ---- TLS ----
@@ -143,8 +155,13 @@ def read_pair(certificate: Path | None, key: Path | None) -> tuple[bytes | None,
 
 def check_has_port(address: str) -> None:
     """Raises UsageError for a host without a port, for which gRPC would take 443."""
-    if not _NOT_BY_NAME.match(address) and not re.search(r":\d+$", address):
+    if _NOT_BY_NAME.match(address):
+        return
+    port = re.search(r":(\d+)$", address)
+    if not port:
         raise click.UsageError(f"the address {address!r} has no port; write it as host:port, or unix:/path")
+    if int(port[1]) > 65535:  # gRPC would take it modulo 65,536
+        raise click.UsageError(f"the address {address!r} has a port above 65535")
 
 
 def unresolved(address: str) -> str | None:

@@ -7,7 +7,6 @@ import inspect
 import logging
 import os
 import re
-import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -172,30 +171,22 @@ def _serve_metrics(batcher: MukoeBatcher, host: str, port: int) -> str:
         from .prometheus import BatcherCollector
     except ImportError:
         raise Failure('--metrics-port needs prometheus-client: pip install "grpc-batcher[prometheus]"') from None
-    REGISTRY.register(BatcherCollector(batcher))
+    if port and port == batcher.port:
+        raise Failure(f"--metrics-port {port} is --port, too; they must differ")
     try:
         server, _thread = start_http_server(port, host)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise Failure(f"--metrics-port: can not listen on {host}:{port}: {error}") from None
-    return f"{host}:{server.server_port}"
+    REGISTRY.register(BatcherCollector(batcher))
+    return f"[{host}]:{server.server_port}" if ":" in host else f"{host}:{server.server_port}"
 
 
 def _check_can_listen(batcher: MukoeBatcher) -> None:
-    """Raise Failure if the address can not be had. `start` would say so, too, but gRPC adds lines of its own."""
+    """Raise Failure if a unix socket can not be had there: gRPC's error would not say why."""
     if batcher.address.startswith("unix:"):
         socket_folder = Path(batcher.address.removeprefix("unix:").removeprefix("//")).parent
         if not os.access(socket_folder, os.W_OK):
             raise Failure(f"can not listen on {batcher.address}: there is no folder {socket_folder} to write to")
-    if batcher.address.startswith(("unix:", "unix-abstract:")):
-        return
-    host, _, port = batcher.address.rpartition(":")
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
-            probe.bind(address)
-    except (OSError, UnicodeError) as error:
-        raise Failure(f"can not listen on {batcher.address}: {error}") from None
 
 
 def _announce(batcher: MukoeBatcher) -> None:

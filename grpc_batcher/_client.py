@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from . import _gears
 from ._errors import RequestError
+from ._metadata import fault_of
 from ._models import read_answer, write_request
 from ._pool import Loan, StreamPool
 from ._service import METHOD, TAKEN_IN_KEY
@@ -72,10 +73,15 @@ class MukoeBatcherClient:
         if not isinstance(max_message_bytes, int) or not 1 <= max_message_bytes < 2**31:
             raise ValueError(f"max_message_bytes is {max_message_bytes!r}; it must be an int from 1 to {2**31 - 1}")
         for pair in metadata:
-            if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], (str, bytes)):
-                raise ValueError(f"metadata has {pair!r}; it must be pairs of a text and a text or bytes")
-            if pair[0].endswith("-bin") and not isinstance(pair[1], bytes):
-                raise ValueError(f"metadata has {pair!r}; a key that ends with '-bin' takes bytes")
+            if len(pair) != 2:
+                raise ValueError(f"metadata has something of {len(pair)} parts; it must be pairs of a key and a value")
+            if fault := fault_of(*pair):
+                raise ValueError(f"metadata has {fault}")
+        if credentials is not None and not isinstance(credentials, grpc.ChannelCredentials):
+            raise TypeError(f"credentials is {credentials!r}; it must be a grpc.ChannelCredentials, or None")
+        for interceptor in interceptors:
+            if not isinstance(interceptor, grpc.StreamStreamClientInterceptor):
+                raise TypeError(f"interceptors has {interceptor!r}, which is no grpc.StreamStreamClientInterceptor")
         self._address = server_address
         self._max_message_bytes = max_message_bytes
         self._credentials = credentials

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from contextlib import suppress
 
 from . import _core
 
@@ -65,4 +66,5 @@ def _deliver(ticket: _core.Ticket) -> None:
         if transport is not None:
             transport.send_reply(ticket)
     except Exception:
-        _logger.exception("a reply could not be sent")
+        with suppress(Exception):  # a handler of the log may raise, too
+            _logger.exception("a reply could not be sent")

@@ -24,8 +24,8 @@ class StandardServices:
                 import grpc_health.v1.health as health_module
             except ImportError as error:
                 raise _missing("health", "grpcio-health-checking") from error
-            # Watch of such a one needs no thread for a stream.
-            self._health = health_module.HealthServicer(experimental_non_blocking=True)
+            # A Watch parks a thread. Without one, `set` would wait for watchers that do not read.
+            self._health = health_module.HealthServicer(experimental_non_blocking=False)
             self.say_serving(False)
         if reflection:
             try:

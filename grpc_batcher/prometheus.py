@@ -24,6 +24,17 @@ __all__ = ["BatcherCollector"]
 
 _LABELS = ("model", "port")
 
+# Those that a batcher gives.
+_CODES = (
+    "OK",
+    "CANCELLED",
+    "DEADLINE_EXCEEDED",
+    "INTERNAL",
+    "INVALID_ARGUMENT",
+    "RESOURCE_EXHAUSTED",
+    "UNAVAILABLE",
+)
+
 
 class BatcherCollector(Collector):
     """Gives a Prometheus registry the metrics of batchers, as they are at each scrape.
@@ -66,7 +77,8 @@ class BatcherCollector(Collector):
             metrics = batcher.metrics()
             labels = (metrics.model, _port_of(batcher))
             # A rate needs a sample from before the first request.
-            for code, count in {"OK": 0, **metrics.requests}.items():
+            # A code that first shows itself with a count would hide that count from Prometheus' rate().
+            for code, count in (dict.fromkeys(_CODES, 0) | dict(metrics.requests)).items():
                 requests.add_metric((*labels, code), count)
             for reason, count in metrics.batches.items():
                 batches.add_metric((*labels, reason), count)
@@ -81,7 +93,7 @@ class BatcherCollector(Collector):
 
 
 def _port_of(batcher: MukoeBatcher) -> str:
-    return batcher.address if batcher.address.startswith("unix") else str(batcher.port)
+    return batcher.address if batcher.address.startswith(("unix:", "unix-abstract:")) else str(batcher.port)
 
 
 def _add(family: HistogramMetricFamily, labels: Sequence[str], histogram: Histogram | None) -> None:

@@ -187,17 +187,17 @@ def ask_until_killed(ledger: Ledger, address: str, caller: str, extra_bytes: int
         ledger.keep_asking(client, caller, lambda: False, extra_bytes=extra_bytes, thinking_s=_THINKING_S)
 
 
-def serve_until_killed(ledger: Ledger, port: int, ready: Connection) -> None:
+def serve_until_killed(ledger: Ledger, host: str, port: int, ready: Connection) -> None:
     """What a server's process does. It says its port once it serves."""
-    with create_batcher("repr", 8, 0.001, port, batch_process_fn=ledger.callback, host="127.0.0.1") as batcher:
+    with create_batcher("repr", 8, 0.001, port, batch_process_fn=ledger.callback, host=host) as batcher:
         ready.send(batcher.port)
         threading.Event().wait()
 
 
-def start_server(ledger: Ledger, port: int = 0) -> tuple[BaseProcess, int]:
+def start_server(ledger: Ledger, host: str, port: int = 0) -> tuple[BaseProcess, int]:
     """A server's process, and its port."""
     receiver, sender = _forkserver.Pipe(duplex=False)
     with receiver, sender:
-        process = start_process(serve_until_killed, ledger, port, sender)
+        process = start_process(serve_until_killed, ledger, host, port, sender)
         sender.close()
         return process, receiver.recv()

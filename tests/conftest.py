@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +13,10 @@ import hypothesis
 import pytest
 
 from grpc_batcher import _core
+
+# Where a shell started the tests in its background, SIGINT is ignored, and every program they start would inherit that.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: where tests run, other things run too.
 hypothesis.settings.register_profile("grpc_batcher", deadline=None, print_blob=True)

@@ -8,6 +8,7 @@ from collections import defaultdict
 import h2.config
 import h2.connection
 import h2.events
+import h2.settings
 from serving import METHOD
 
 _HEADERS = (
@@ -28,14 +29,18 @@ def message_head(length: int, *, compressed: int = 0) -> bytes:
 class HandmadeCaller:
     """One connection. Leaving it as a context manager closes it without a farewell.
 
-    It takes 64 KiB of answers, and never asks for more.
+    It takes so many bytes of answers on each stream, 64 KiB unless told otherwise, and never asks for more.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, window_bytes: int = 65535) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port))
         self._connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+        self._connection.local_settings = h2.settings.Settings(
+            client=True, initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window_bytes}
+        )
         self._connection.initiate_connection()
         self._statuses: dict[int, tuple[str, str]] = {}
+        self._has_begun = False
         self.received_bytes: defaultdict[int, int] = defaultdict(int)
         self._flush()
 
@@ -45,17 +50,18 @@ class HandmadeCaller:
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
-    def open_stream(self) -> int:
+    def open_stream(self, method: str = METHOD) -> int:
         """Open a stream, and send nothing on it; its number."""
-        (number,) = self.open_streams(1)
+        (number,) = self.open_streams(1, method)
         return number
 
-    def open_streams(self, count: int) -> list[int]:
+    def open_streams(self, count: int, method: str = METHOD) -> list[int]:
         """Open so many in one go; their numbers."""
+        headers = [(name, method if name == ":path" else value) for name, value in _HEADERS]
         numbers = []
         for _ in range(count):
             numbers.append(self._connection.get_next_available_stream_id())
-            self._connection.send_headers(numbers[-1], _HEADERS)
+            self._connection.send_headers(numbers[-1], headers)
         self._flush()
         return numbers
 
@@ -81,6 +87,11 @@ class HandmadeCaller:
         while self.received_bytes[stream] < count:
             self._receive()
 
+    def wait_for_headers(self) -> None:
+        """Wait until the server has begun to answer on some stream."""
+        while not self._has_begun:
+            self._receive()
+
     def _receive(self) -> None:
         data = self._socket.recv(65536)
         if not data:
@@ -88,6 +99,7 @@ class HandmadeCaller:
         for event in self._connection.receive_data(data):
             if isinstance(event, (h2.events.ResponseReceived, h2.events.TrailersReceived)):
                 assert event.stream_id is not None
+                self._has_begun = True
                 headers = dict(event.headers or ())
                 if "grpc-status" in headers:
                     self._statuses[event.stream_id] = headers["grpc-status"], headers.get("grpc-message", "")

@@ -766,3 +766,10 @@ def test_a_server_address_that_is_no_text_is_refused(address: Any) -> None:
 def test_a_bad_limit_for_answers_is_refused(limit: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=re.escape(f"max_message_bytes is {limit!r}; it must be")):
         MukoeBatcherClient("localhost:50051", max_message_bytes=limit)
+
+
+@pytest.mark.parametrize("arguments", [{"credentials": "x"}, {"interceptors": [grpc.ServerInterceptor]}])
+def test_credentials_and_interceptors_of_another_type_are_refused(arguments: Any) -> None:
+    """A class in place of its instance would start, and fail every request."""
+    with pytest.raises(TypeError, match=next(iter(arguments))):
+        create_batcher("repr", 1, 0, 0, batch_process_fn=echo, **arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -143,3 +144,40 @@ def test_a_callback_may_ask_another_batcher() -> None:
         with serving(pass_on) as first, connect(first) as client:
             asked = [in_background(client.send_request, b"%d" % number) for number in range(20)]
             assert [request.result() for request in asked] == [answer(b"%d" % number) for number in range(20)]
+
+
+class LeavesThroughItems(dict[str, bytes]):
+    def items(self) -> Any:
+        raise SystemExit("from a result")
+
+
+def test_a_result_that_raises_system_exit_when_it_is_read_fails_its_request_alone() -> None:
+    def some_leave(requests: list[bytes]) -> Any:
+        return [(LeavesThroughItems() if data == b"bad" else {"result": data}, 0) for data in requests]
+
+    with serving(some_leave) as batcher, connect(batcher) as client:
+        error = error_of(client.send_request, b"bad")
+        assert error.code() is grpc.StatusCode.INTERNAL
+        assert "SystemExit: from a result" in error.details()
+        assert client.send_request(b"good") == answer(b"good")
+
+
+class BrokenHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        raise OSError("no space left on the log's disk")
+
+
+def test_a_handler_of_the_log_that_raises_does_not_end_the_batch_thread() -> None:
+    def some_fail(requests: list[bytes]) -> Any:
+        if b"bad" in requests:
+            raise ValueError("bad")
+        return echo(requests)
+
+    handler = BrokenHandler()
+    logging.getLogger("grpc_batcher").addHandler(handler)
+    try:
+        with serving(some_fail) as batcher, connect(batcher) as client:
+            assert error_of(client.send_request, b"bad").code() is grpc.StatusCode.INTERNAL
+            assert client.send_request(b"good") == answer(b"good")
+    finally:
+        logging.getLogger("grpc_batcher").removeHandler(handler)

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import urllib.request
 from collections import Counter
@@ -253,12 +254,16 @@ ERRORS = [
     (["serve", *REPR, "--tls-key", "broken.py"], "--tls-cert and --tls-key go together"),
     (["serve", *REPR, "--tls-cert", "broken.py", "--tls-key", "broken.py"], "--tls-cert broken.py: no PEM cert"),
     (["serve", *REPR, "--tls-client-ca", "broken.py"], "--tls-client-ca needs --tls-cert"),
+    (["serve", *REPR, "--port", "50999", "--metrics-port", "50999"], "--metrics-port 50999 is --port, too"),
     (["bench", "localhost"], "'localhost' has no port"),
+    (["bench", "localhost:65537"], "'localhost:65537' has a port above 65535"),
+    (["check", "localhost:1", "--metadata", "a b=x"], "the key 'a b'"),
+    (["check", "localhost:1", "--metadata", "a-bin=x"], "a str for 'a-bin'; such a key takes bytes"),
     (["bench", "nosuch.invalid:1"], "'nosuch.invalid:1' does not resolve"),
     (["bench", "localhost:1", "--callers", "1,0"], "'1,0' is no list of numbers above 0"),
     (["bench", "localhost:1", "--callers", "few"], "'few' is no list of numbers above 0"),
     (["bench", "localhost:1", "--duration-s", "0"], "'0' is no number of seconds above 0"),
-    (["bench", "localhost:1", "--metadata", "sesame"], "'sesame' is not of the form key=value"),
+    (["bench", "localhost:1", "--metadata", "sesame"], "what was given is not of the form key=value"),
     (["bench", "localhost:1", "--action", "9999999999"], "9999999999"),
     (["bench", "localhost:1", "--payload-file", "nosuch"], "'nosuch' does not exist"),
     (["bench", "localhost:1", "--json", "nosuch/a.json"], "--json nosuch/a.json: there is no folder nosuch"),
@@ -734,3 +739,31 @@ def test_the_knee_is_the_fewest_callers_with_nine_tenths_of_the_best_throughput(
 ) -> None:
     found = knee([point(callers, requests_per_s) for callers, requests_per_s in throughputs.items()])
     assert (found.callers if found else None) == expected
+
+
+def test_a_token_in_the_environment_may_have_blanks_and_no_error_shows_it(folder: Path) -> None:
+    secret = {"GRPC_BATCHER_CHECK_METADATA": "authorization=Bearer s3cr3t\nteam=blue"}
+    status, _, errors = run(folder, "check", "127.0.0.1:1", environment=secret)
+    assert (status, errors.partition(":")[0]) == (1, "127.0.0.1")
+    for wrong in ("s3cr3t", "authorization=s3cr3t\r"):
+        status, _, errors = run(folder, "check", "127.0.0.1:1", environment={"GRPC_BATCHER_CHECK_METADATA": wrong})
+        assert status == 2
+        assert "s3cr3t" not in errors
+
+
+SLOW_MODULE = """
+    import time
+    print("loading", flush=True)
+    time.sleep(3600)
+"""
+
+
+def test_sigterm_ends_a_serve_that_is_loading_its_module(folder: Path) -> None:
+    """As process 1 of a container, too, for which the signal has no default."""
+    (folder / "slow.py").write_text(textwrap.dedent(SLOW_MODULE))
+    with start(folder, "serve", "slow:function", *REPR[1:]) as program:
+        assert program.read_line() == "loading"
+        caught = Path(f"/proc/{program.pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+        assert int(caught, 16) & 1 << (signal.SIGTERM - 1)  # process 1 gets no other signals
+        program.send_signal(signal.SIGTERM)
+        assert finish_program(program)[0] == 128 + signal.SIGTERM

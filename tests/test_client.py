@@ -673,6 +673,22 @@ def test_a_request_that_no_thread_could_keep_the_time_of_was_not_sent(monkeypatc
         assert loan.requests == 2
 
 
-def test_metadata_that_grpc_can_not_send_is_refused_by_the_constructor() -> None:
-    with pytest.raises(ValueError, match=r"'token-bin'.*bytes"):
-        MukoeBatcherClient("localhost:1", metadata=(("token-bin", "text"),))
+@pytest.mark.parametrize(
+    ("pair", "fault"),
+    [
+        (("token-bin", "s3cr3t"), "'token-bin'.*bytes"),
+        (("Token", "s3cr3t"), "the key 'Token'"),
+        (("token", "s3cr3t\n"), "'token' with other characters"),
+        (("token", 7), "a int for 'token'"),
+    ],
+)
+def test_metadata_that_grpc_can_not_send_is_refused_by_the_constructor(pair: Any, fault: str) -> None:
+    with pytest.raises(ValueError, match=fault) as caught:
+        MukoeBatcherClient("localhost:1", metadata=(pair,))
+    assert "s3cr3t" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [{"credentials": "x"}, {"interceptors": [grpc.StreamStreamClientInterceptor]}])
+def test_credentials_and_interceptors_of_another_type_are_refused_by_the_constructor(arguments: Any) -> None:
+    with pytest.raises(TypeError, match=next(iter(arguments))):
+        MukoeBatcherClient("localhost:1", **arguments)

@@ -167,6 +167,10 @@ def values(family: Any, label: str = "port") -> dict[tuple[str, str], float]:
     return {(sample.name, sample.labels[label]): sample.value for sample in family.samples}
 
 
+def coded(family: Any) -> dict[tuple[str, str], float]:
+    return {(sample.labels["port"], sample.labels["code"]): sample.value for sample in family.samples}
+
+
 def test_a_scrape_gives_the_counts_of_each_batcher_under_its_model_and_port() -> None:
     with (
         Held() as held,
@@ -182,8 +186,8 @@ def test_a_scrape_gives_the_counts_of_each_batcher_under_its_model_and_port() ->
         requests += [waiting(first, client.send_request, b"waits")]
         families = scraped(first, second)
         port, other_port = str(first.port), str(second.port)
-        name = "grpc_batcher_requests_total"
-        assert values(families["grpc_batcher_requests"]) == {(name, port): 1, (name, other_port): 1}
+        answered = {key: count for key, count in coded(families["grpc_batcher_requests"]).items() if count}
+        assert answered == {(port, "OK"): 1, (other_port, "OK"): 1}
         assert {sample.labels["model"] for sample in families["grpc_batcher_requests"].samples} == {"repr", "dyna"}
         batches = families["grpc_batcher_batches"].samples
         assert sum(sample.value for sample in batches if sample.labels["port"] == port) == 2
@@ -201,10 +205,20 @@ def test_a_scrape_gives_the_counts_of_each_batcher_under_its_model_and_port() ->
     assert set(values(scraped(first)["grpc_batcher_ready"]).values()) == {0}
 
 
-def test_a_batcher_that_was_not_asked_yet_has_a_count_of_0_answers() -> None:
+def test_a_batcher_that_was_not_asked_yet_has_a_count_of_0_for_each_outcome() -> None:
+    """Of a count that first shows itself above 0 Prometheus' rate() sees nothing."""
     with serving() as batcher:
-        (sample,) = scraped(batcher)["grpc_batcher_requests"].samples
-        assert (sample.labels["code"], sample.value) == ("OK", 0)
+        counts = coded(scraped(batcher)["grpc_batcher_requests"])
+        assert set(counts.values()) == {0}
+        assert {code for _port, code in counts} == {
+            "OK",
+            "CANCELLED",
+            "DEADLINE_EXCEEDED",
+            "INTERNAL",
+            "INVALID_ARGUMENT",
+            "RESOURCE_EXHAUSTED",
+            "UNAVAILABLE",
+        }
 
 
 def test_the_port_of_a_batcher_on_a_unix_socket_is_its_address(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 from google.protobuf import descriptor_pool, message_factory
+from http2 import HandmadeCaller, message_head
 from serving import (
     METHOD,
     Held,
@@ -258,3 +259,17 @@ UNUSED = """
 
 def test_what_is_not_asked_for_is_not_imported(tmp_path: Path) -> None:
     assert run_program(tmp_path, UNUSED) == ["[]"]
+
+
+def test_a_watcher_that_never_reads_holds_up_neither_other_probes_nor_a_shutdown() -> None:
+    with (
+        serving(health=True) as batcher,
+        HandmadeCaller(batcher.port, window_bytes=0) as watcher,
+        probe_of(address_of(batcher)) as probe,
+    ):
+        watcher.send(watcher.open_stream("/grpc.health.v1.Health/Watch"), message_head(0), end=True)
+        watcher.wait_for_headers()
+        assert probe.check("") == SERVING
+        batcher.shutdown(grace_s=0)
+        with pytest.raises(grpc.RpcError):
+            probe.check("")

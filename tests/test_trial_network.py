@@ -88,7 +88,7 @@ CALLER_PROGRAM = (
 )
 
 # Keepalive's interval and its timeout in these trials; and an interval that does not come round in them.
-SHORT_MS, LONG_MS = "400", "3600000"
+SHORT_MS, LONG_MS = "1500", "3600000"
 
 
 def ip(*arguments: str) -> None:

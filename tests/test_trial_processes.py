@@ -13,10 +13,13 @@ from serving import (
     connect,
     eventually,
     finish_program,
+    in_background,
     run_program,
     serving,
     start_program,
 )
+
+from grpc_batcher import MukoeBatcherClient
 
 # Without this gRPC tries to make the child fit for gRPC, which newer releases do not always survive.
 NO_FORK_SUPPORT = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
@@ -205,3 +208,51 @@ def test_a_program_that_serves_and_asks_may_end_with_requests_in_the_air(
     with start_program(tmp_path, ENDING_SERVER_PROGRAM.replace("ENDING", ending)) as program:
         status, output, errors = finish_program(program)
     assert (status, output) == (expected, ""), errors
+
+
+FORKING_SERVER_PROGRAM = """
+    import faulthandler, os, sys, threading, warnings
+    from grpc_batcher import create_batcher
+
+    warnings.simplefilter("ignore")  # newer Pythons warn of forks beside threads
+    entered, forked_child_ended, seen = threading.Event(), threading.Event(), []
+
+    def callback(requests):
+        seen.extend(requests)
+        if b"second" in requests:
+            entered.set()
+            forked_child_ended.wait()
+        return [({"result": data}, 0) for data in requests]
+
+    with create_batcher("repr", 1, 0.0, 0, batch_process_fn=callback, host="127.0.0.1") as batcher:
+        print(batcher.port, flush=True)
+        sys.stdin.readline()
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            faulthandler.dump_traceback_later(40, exit=True)
+            os.close(writing)
+            os.read(reading, 1)
+            sys.exit(7)  # leaves the batcher's context, too
+        print("forked", flush=True)
+        entered.wait()
+        os.write(writing, b"x")
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        forked_child_ended.set()
+        sys.stdin.readline()
+        print(seen, batcher.is_server_ready())
+"""
+
+
+def test_a_forked_child_that_leaves_its_parents_batcher_ends_and_harms_nobody(tmp_path: Path) -> None:
+    environment = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
+    with start_program(tmp_path, FORKING_SERVER_PROGRAM, environment=environment) as program:
+        with MukoeBatcherClient(f"127.0.0.1:{program.read_line()}") as client:
+            assert client.send_request(b"first") == ({"result": b"first"}, 0)
+            program.type_line("fork")
+            assert program.read_line() == "forked"
+            second = in_background(client.send_request, b"second")
+            assert program.read_line() == "7"
+            assert second.result() == ({"result": b"second"}, 0)
+        status, output, errors = finish_program(program, "end\n")
+        assert (status, output) == (0, "[b'first', b'second'] True\n"), errors

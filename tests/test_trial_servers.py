@@ -5,6 +5,7 @@ GRPC_BATCHER_TRIALS=20 in the environment makes these trials twenty times as lon
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ from serving import eventually, in_background, serving
 from grpc_batcher import MukoeBatcherClient
 
 THREADS_OF_A_CLIENT = 4
+
+# Its ports are given to nobody else while the server is away: to no other test that runs at the same time.
+HOST = f"127.{1 + os.getpid() % 250}.{os.getpid() // 250 % 250}.1"
 CALLERS = {f"caller-{number}" for number in range(2 * THREADS_OF_A_CLIENT)}
 
 
@@ -26,8 +30,8 @@ def callers_asking(ledger: Ledger, port: int) -> Iterator[None]:
     """Callers that go on with the clients they have, whatever happens, until they are told to stop."""
     over = threading.Event()
     with (
-        MukoeBatcherClient(f"127.0.0.1:{port}") as first,
-        MukoeBatcherClient(f"127.0.0.1:{port}") as second,
+        MukoeBatcherClient(f"{HOST}:{port}") as first,
+        MukoeBatcherClient(f"{HOST}:{port}") as second,
     ):
         callers = [
             in_background(ledger.keep_asking, client, f"caller-{number}", over.is_set, extra_bytes=100 * number)
@@ -49,13 +53,13 @@ def wait_for_answers(ledger: Ledger, count: int) -> None:
 @pytest.mark.timeout(60 + 60 * LENGTH)
 def test_callers_of_a_server_that_is_killed_ten_times_get_unavailable_and_go_on_with_the_next(tmp_path: Path) -> None:
     ledger, moments, kills = Ledger(tmp_path / "ledger"), random.Random(2), 10 * LENGTH
-    server, port = start_server(ledger)
+    server, port = start_server(ledger, HOST)
     with callers_asking(ledger, port):
         for _ in range(kills):
             wait_for_answers(ledger, 100 + moments.randrange(50))
             server.kill()
             server.join()
-            server, port = start_server(ledger, port)
+            server, port = start_server(ledger, HOST, port)
         wait_for_answers(ledger, 100)
     server.kill()
     server.join()
@@ -68,11 +72,11 @@ def test_callers_of_a_server_that_is_killed_ten_times_get_unavailable_and_go_on_
 def test_no_request_is_executed_twice_or_lost_while_servers_come_and_go_under_load(tmp_path: Path) -> None:
     """What a server that shuts down took in, it answers before it is gone."""
     ledger, moments = Ledger(tmp_path / "ledger"), random.Random(3)
-    with serving(ledger.callback) as finder:
+    with serving(ledger.callback, host=HOST) as finder:
         port = finder.port
     with callers_asking(ledger, port):
         for _ in range(20 * LENGTH):
-            with serving(ledger.callback, port=port, batch_timeout_s=0.001) as batcher:
+            with serving(ledger.callback, host=HOST, port=port, batch_timeout_s=0.001) as batcher:
                 wait_for_answers(ledger, 50 + moments.randrange(50))
                 batcher.shutdown(grace_s=30)
     account = ledger.account(failures={"UNAVAILABLE"})

@@ -17,7 +17,7 @@ from pathlib import Path
 import grpc
 import pytest
 from accounting import LENGTH, Ledger
-from serving import Held, address_of, answer, connect, error_of, eventually, in_background, serving
+from serving import Held, address_of, answer, connect, error_of, eventually, in_background, run_program, serving
 
 from grpc_batcher import MukoeBatcherClient
 
@@ -183,3 +183,50 @@ def test_behind_a_callback_that_never_returns_the_queue_is_bounded_and_a_shutdow
         ]
         assert codes.count("RESOURCE_EXHAUSTED") == callers - places
         assert codes.count("UNAVAILABLE") == 1 + places
+
+
+INTERRUPTED_DRAIN_PROGRAM = """
+    import signal, socket, threading
+    from grpc_batcher import MukoeBatcherClient, RequestError, create_batcher
+
+    class Enough(Exception):
+        pass
+
+    def enough(*_):
+        raise Enough
+
+    signal.signal(signal.SIGALRM, enough)
+    entered = threading.Event()
+
+    def never_returns(requests):
+        entered.set()
+        threading.Event().wait()
+
+    batcher = create_batcher("repr", 1, 0.0, 0, batch_process_fn=never_returns, host="127.0.0.1")
+    batcher.start()
+    client = MukoeBatcherClient(f"127.0.0.1:{batcher.port}")
+
+    def ask():
+        try:
+            client.send_request(b"x")
+        except RequestError as error:
+            print(error.code().name, flush=True)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    entered.wait()
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        batcher.shutdown(grace_s=50)
+    except Enough:
+        pass
+    asking.join()
+    try:
+        socket.create_connection(("127.0.0.1", batcher.port)).close()
+    except ConnectionRefusedError:
+        print("stopped")
+"""
+
+
+def test_a_shutdown_that_a_signal_handlers_exception_breaks_off_stops_the_server_all_the_same(tmp_path: Path) -> None:
+    assert run_program(tmp_path, INTERRUPTED_DRAIN_PROGRAM) == ["UNAVAILABLE", "stopped"]
