@@ -55,9 +55,9 @@ find_engine() {
       said+=("$candidate: $answer")
     fi
   done
-  fail "${said[@]}" "No container engine answers (tried: ${candidates[*]}). Install docker or podman, start it, or" \
-    "name one in CONTAINER_ENGINE. Without an engine, \`make wheels\` builds the wheels, and \`pip install .\` installs from" \
-    "source."
+  fail "${said[@]}" \
+    "No container engine answers (tried: ${candidates[*]}). Install docker or podman, start it, or name one in" \
+    "CONTAINER_ENGINE. Without an engine, \`make wheels\` builds the wheels, and \`pip install .\` installs from source."
 }
 
 # Runs a command without making a signal wait for its end: bash handles signals between commands, or in a wait.

@@ -22,14 +22,19 @@ clean_up() {
 }
 trap clean_up EXIT
 
-for candidate in ${CONTAINER_ENGINE:-docker podman}; do
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+candidates=(docker podman)
+if [ -n "${CONTAINER_ENGINE:-}" ]; then candidates=("$CONTAINER_ENGINE"); fi
+for candidate in "${candidates[@]}"; do
   if "$candidate" info >/dev/null; then
     engine=$candidate
     break
   fi
 done
 if [ -z "$engine" ]; then
-  echo "No container engine answers (tried: ${CONTAINER_ENGINE:-docker podman}). scripts/prove_with_buildah.sh needs none." >&2
+  echo "No container engine answers (tried: ${candidates[*]}). scripts/prove_with_buildah.sh needs none." >&2
   exit 1
 fi
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ with open(state / "orders", "a") as orders:
 text = " ".join(order)
 if os.environ.get("MAKE_LATE") and os.environ["MAKE_LATE"] in text:
     signal.sigwait({{signal.SIGTERM}})
+    time.sleep(1)
 if os.environ.get("HANG") and os.environ["HANG"] in text:
     while True:
         time.sleep(0.01)
@@ -317,6 +319,15 @@ def test_a_container_that_the_engine_makes_while_the_script_is_told_to_end_is_re
     assert engine.containers == []
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Programs that are started heed SIGINT, also where the tests run in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_in_the_middle_leaves_no_container(engine: Engine) -> None:
     with engine.start("build_py_interactive", HANG="pip wheel") as program:
         eventually(lambda: engine.verbs[-2:] == ["exec", "exec"])
