@@ -66,9 +66,12 @@ fuzz: $(VENV)/installed-fuzz
 wheels: $(VENV)/installed-dist
 	$(BIN)/python scripts/build_wheels.py
 
-# What is uploaded; the tests of the changelog see to it that the version is in there.
-dist: wheels $(VENV)/installed-test
+# What is uploaded. The changelog has to begin with the package's version, and for RELEASE=0.2.0 with that and a date.
+dist: $(VENV)/installed-test
 	$(BIN)/pytest -q tests/test_readme.py -k changelog
+	@test -z "$(RELEASE)" || grep -qE '^## \[$(RELEASE)\] - [0-9]{4}-[0-9]{2}-[0-9]{2}$$' CHANGELOG.md || \
+		{ echo "CHANGELOG.md has no section of $(RELEASE) with a date; see docs/releasing.md" >&2; exit 1; }
+	$(MAKE) wheels
 	$(BIN)/twine check --strict dist/*
 
 proto: $(PROTO_VENV)/bin/python
@@ -89,6 +92,12 @@ clean:
 $(VENV)/installed-%: $(SOURCES) | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --force-reinstall --no-deps .
 	$(BIN)/pip install --quiet ".[$*]"
+	touch $@
+
+# The tools alone: without a compiler, and without our package.
+$(VENV)/installed-dist: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet "pip>=25.1"
+	$(BIN)/pip install --quiet --group dist
 	touch $@
 
 # The generator fixes the oldest protobuf that loads its output (see the dependencies in pyproject.toml).

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds and tests the wheel in containers; `help` lists the modes. It runs from any folder, and may run again.
 set -euo pipefail
+unset CDPATH # with it, cd prints where it went
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 checkout=$(printf %s "$root" | cksum | cut -d ' ' -f 1) # two checkouts do not share containers
@@ -9,6 +10,8 @@ interactive="grpc_batcher-interactive-$checkout"
 image="localhost/grpc_batcher-build-$checkout"
 engine=
 remove_on_exit=
+child=
+made=
 
 print_help() {
   cat <<'HELP'
@@ -21,13 +24,16 @@ usage: scripts/build_grpc_batcher.sh [MODE]
   build_cpp_interactive  compile the native modules alone, in that container, and load them
   teardown               remove the containers
 
+build_e2e's wheel is for the Python of the base image, and for Linux with that image's glibc or a newer one. For other
+machines, `make wheels` builds wheels that run from glibc 2.17 on, for every Python that is here; it needs no engine.
+
 In the environment:
-  CONTAINER_ENGINE  docker or podman; by default the first of them that answers
+  CONTAINER_ENGINE  docker (with buildx) or podman; by default the first of them that answers
   BASE_IMAGE        an image of Debian or Ubuntu; by default ubuntu:22.04
   BUILD_OPTIONS     further options of the engine's build, such as --secret id=pip_conf,src=/etc/pip.conf
   RUN_OPTIONS       further options of the engine's run and create, such as --network=host
 
-Without an engine, `make wheels` builds wheels for every Python that is here, and `pip install .` installs from source.
+`pip install .` installs from source, without an engine too.
 HELP
 }
 
@@ -37,21 +43,42 @@ fail() {
 }
 
 find_engine() {
-  local candidates=(docker podman) candidate
+  local candidates=(docker podman) candidate answer said=()
   if [ -n "${CONTAINER_ENGINE:-}" ]; then candidates=("$CONTAINER_ENGINE"); fi
   for candidate in "${candidates[@]}"; do
-    if command -v "$candidate" >/dev/null && "$candidate" info >/dev/null 2>&1; then
+    if ! command -v "$candidate" >/dev/null; then
+      said+=("$candidate: not found")
+    elif answer=$("$candidate" info 2>&1 >/dev/null); then
       engine=$candidate
       return
+    else
+      said+=("$candidate: $answer")
     fi
   done
-  fail "No container engine answers (tried: ${candidates[*]}). Install docker or podman, start it, or name one in" \
+  fail "${said[@]}" \
+    "No container engine answers (tried: ${candidates[*]}). Install docker or podman, start it, or name one in" \
     "CONTAINER_ENGINE. Without an engine, \`make wheels\` builds the wheels, and \`pip install .\` installs from source."
+}
+
+# Runs a command without making a signal wait for its end: bash handles signals between commands, or in a wait.
+interruptible() {
+  "$@" <&0 &
+  child=$!
+  local status=0
+  wait "$child" || status=$?
+  child=
+  return "$status"
 }
 
 container_exists() { "$engine" container inspect "$1" >/dev/null 2>&1; }
 
 clean_up() {
+  # It first, or it might make the container after we looked for it.
+  if [ -n "$child" ]; then
+    kill "$child" 2>/dev/null || true
+    wait "$child" 2>/dev/null || true
+  fi
+  if [ -n "$made" ]; then rm -rf "$made"; fi
   if [ -n "$remove_on_exit" ] && container_exists "$remove_on_exit"; then
     "$engine" rm --force "$remove_on_exit" >/dev/null
   fi
@@ -65,20 +92,26 @@ build_image() {
   local options
   read -r -a options <<<"${BUILD_OPTIONS:-}"
   if [ -n "${BASE_IMAGE:-}" ]; then options+=(--build-arg "BASE_IMAGE=$BASE_IMAGE"); fi
-  DOCKER_BUILDKIT=1 "$engine" build --file "$root/docker/Dockerfile" --target "$1" --tag "$image:$1" \
-    ${options[@]+"${options[@]}"} "$root"
+  # podman keeps the image's health check in docker's format alone.
+  DOCKER_BUILDKIT=1 BUILDAH_FORMAT=docker interruptible "$engine" build --file "$root/docker/Dockerfile" \
+    --target "$1" --tag "$image:$1" ${options[@]+"${options[@]}"} "$root"
 }
 
 build_e2e() {
-  local options
+  local options wheel
   read -r -a options <<<"${RUN_OPTIONS:-}"
   build_image test
   remove_on_exit=$one_off
-  "$engine" create --name "$one_off" ${options[@]+"${options[@]}"} "$image:test" true >/dev/null
+  interruptible "$engine" create --name "$one_off" ${options[@]+"${options[@]}"} "$image:test" true >/dev/null
   mkdir -p "$root/dist"
-  "$engine" cp "$one_off:/wheels/." "$root/dist"
-  echo "The wheel is in $root/dist:"
-  (cd "$root/dist" && ls -- *.whl)
+  made=$(mktemp -d "$root/dist/.made-XXXXXX")
+  interruptible "$engine" cp "$one_off:/wheels/." "$made"
+  for wheel in "$made"/*.whl; do
+    mv -f "$wheel" "$root/dist"
+    echo "$root/dist/${wheel##*/}"
+  done
+  echo "It is for the Python of ${BASE_IMAGE:-ubuntu:22.04}, and for Linux with that image's glibc or a newer one." \
+    "\`make wheels\` builds wheels for old glibc and for every Python that is here."
 }
 
 # The container that stays sees the project in /source, and cannot change it.
@@ -91,11 +124,11 @@ start_interactive() {
   read -r -a options <<<"${RUN_OPTIONS:-}"
   build_image build
   remove_on_exit=$interactive
-  "$engine" run --detach --name "$interactive" --mount "type=bind,source=$root,target=/source,readonly" \
+  interruptible "$engine" run --detach --name "$interactive" --volume "$root:/source:ro" \
     ${options[@]+"${options[@]}"} "$image:build" sleep infinity >/dev/null
 }
 
-in_interactive() { "$engine" exec "$interactive" "$@"; }
+in_interactive() { interruptible "$engine" exec "$interactive" "$@"; }
 
 # shellcheck disable=SC2016  # the container's shell expands these
 copy_sources='rm -rf /work && mkdir /work && cd /source && tar --exclude=./.git --exclude="./.venv*" --exclude=./build \
@@ -111,8 +144,11 @@ compile_native='cd /work && /build-tools/bin/pip install --quiet "setuptools>=77
   /build-tools/bin/python setup.py build_ext --build-lib /native'
 
 load_native='
-import importlib.util, pathlib
-for file in sorted(pathlib.Path("/native/grpc_batcher").glob("*.so")):
+import importlib.util, pathlib, sys
+files = sorted(pathlib.Path("/native/grpc_batcher").glob("*.so"))
+if not files:
+    sys.exit("there is no native module in /native/grpc_batcher")
+for file in files:
     name = "grpc_batcher." + file.name.partition(".")[0]
     spec = importlib.util.spec_from_file_location(name, file)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
@@ -132,8 +168,12 @@ test_py_interactive() {
     fail "There is no container to test in; run \`scripts/build_grpc_batcher.sh build_py_interactive\` first."
   fi
   "$engine" start "$interactive" >/dev/null
+  if ! in_interactive test -x /tested/bin/pytest; then
+    fail "Nothing to test is installed in the container $interactive;" \
+      "run \`scripts/build_grpc_batcher.sh build_py_interactive\` first."
+  fi
   if [ $# -eq 0 ]; then set -- tests; fi
-  "$engine" exec --workdir /work "$interactive" /tested/bin/pytest "$@"
+  interruptible "$engine" exec --workdir /work "$interactive" /tested/bin/pytest "$@"
 }
 
 build_cpp_interactive() {
@@ -145,8 +185,9 @@ build_cpp_interactive() {
 }
 
 teardown() {
-  local name
-  for name in $("$engine" ps --all --format '{{.Names}}'); do
+  local names name
+  names=$("$engine" ps --all --format '{{.Names}}') # not in the loop's head, which would go on if it failed
+  for name in $names; do
     case $name in
       "$interactive" | "grpc_batcher-build-$checkout-"*)
         "$engine" rm --force "$name" >/dev/null

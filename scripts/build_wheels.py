@@ -1,14 +1,14 @@
 """Build dist/: an sdist, and from it a wheel for each Python here that runs on any Linux with glibc 2.17 or newer.
 
 The compiler is zig's, from the package index: it links against an old glibc, and for other processors, without a
-container. Each wheel is audited, then installed in a clean environment without a compiler and tested there; those for
-another processor are audited alone.
+container. Each wheel is audited, then installed in clean environments without a compiler: by itself, where README's
+first example has to run, and with the extra `test`, where tests do. Those for another processor are audited alone.
 
     WHEEL_PYTHONS  which Pythons, such as "3.10 3.13"; by default all from 3.10 that are on PATH
     WHEEL_TARGETS  which processors, such as "x86_64"; by default "x86_64 aarch64"
     WHEEL_TESTS    which tests: names such as "core wire" (tests/test_core.py, tests/test_wire.py), "all" or "none"
 
-Run it in an environment with the extra `dist`: `make wheels` and `make dist` do.
+Run it in an environment with the tools of pyproject.toml's group `dist`: `make wheels` and `make dist` do.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from pythons import found_pythons, make_environment, run, test_files
+from pythons import ROOT, example_runs, found_pythons, make_environment, missing_pythons, run, test_files
 
-ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 GLIBC = "2.17"  # what grpcio's own wheels ask for
 NEWEST_GLIBC_MINOR = 31  # Ubuntu 20.04's: no wheel may ask for a newer one
@@ -41,9 +40,32 @@ def build_sdist() -> Path:
     return max(DIST.glob("grpc_batcher-*.tar.gz"), key=lambda file: file.stat().st_mtime)
 
 
-def compiler(machine: str) -> dict[str, str]:
-    """The environment in which setuptools compiles with zig, for a processor."""
-    command = shlex.join([sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-linux-gnu.{GLIBC}"])
+def ask(python: Path, expression: str) -> str:
+    """What a Python says of itself."""
+    return subprocess.check_output([python, "-c", f"import sysconfig; print({expression})"], text=True).strip()
+
+
+def multiarch_headers(python: Path, machine: str, work: Path) -> Path:
+    """A folder to include from for the sake of Debian's Pythons.
+
+    Their pyconfig.h only includes <x86_64-linux-gnu/python3.N/pyconfig.h>, or that of another processor. It is in
+    /usr/include, where zig does not look when it has a target. It must not: this machine's glibc has headers there.
+    """
+    folder = work / "include"
+    include = Path(ask(python, "sysconfig.get_path('include')"))
+    real = include.parent / ask(python, "sysconfig.get_config_var('MULTIARCH')") / include.name
+    link = folder / f"{machine}-linux-gnu" / include.name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)  # of another Python of that version
+    if real.exists():
+        link.symlink_to(real)
+    return folder
+
+
+def compiler(python: Path, machine: str, work: Path) -> dict[str, str]:
+    """The environment in which setuptools compiles with zig, for a Python and a processor."""
+    target = ["-target", f"{machine}-linux-gnu.{GLIBC}", f"-I{multiarch_headers(python, machine, work)}"]
+    command = shlex.join([sys.executable, "-m", "ziglang", "cc", *target])
     return {
         "CC": command,
         "LDSHARED": f"{command} -shared -s",  # in place of Python's own, which may name this machine's folders
@@ -55,14 +77,12 @@ def compiler(machine: str) -> dict[str, str]:
 
 def build_wheel(python: str, machine: str, sdist: Path, work: Path) -> Path:
     """Build a wheel from the sdist, audit it, and return where it is in dist/."""
-    environment = compiler(machine)
+    there = make_environment(python, work / f"build-{Path(python).name}")
+    environment = compiler(there, machine, work)
     if machine != platform.machine():
-        suffix = subprocess.check_output(
-            [python, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"], text=True
-        ).strip()
+        suffix = ask(there, "sysconfig.get_config_var('EXT_SUFFIX')")
         environment["SETUPTOOLS_EXT_SUFFIX"] = suffix.replace(platform.machine(), machine)
     raw = work / f"raw-{Path(python).name}-{machine}"
-    there = make_environment(python, work / f"build-{Path(python).name}")
     run(there, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", raw, sdist, environment=environment)
     (wheel,) = raw.glob("*.whl")
     audited = raw / "audited"
@@ -90,6 +110,16 @@ def without_compiler(work: Path) -> dict[str, str]:
     return {"PATH": str(commands), "CC": "no-compiler-here", "PIP_ONLY_BINARY": ":all:"}
 
 
+def try_bare(python: str, wheel: Path, work: Path) -> None:
+    """Install a wheel by itself, and run README's first example: without numpy, and without a compiler."""
+    there = make_environment(python, work / f"bare-{Path(python).name}")
+    bare = without_compiler(work)
+    run(there, "-m", "pip", "install", "--quiet", wheel, environment=bare)
+    no_numpy = "import importlib.util; assert importlib.util.find_spec('numpy') is None"
+    if not example_runs(there, work, before=no_numpy, environment=bare):
+        sys.exit(f"README's first example does not run where {wheel.name} is installed by itself")
+
+
 def test_wheel(python: str, wheel: Path, tree: Path, tests: str, work: Path) -> None:
     """Install a wheel in a clean environment, and run tests of the sdist's tree against it."""
     there = make_environment(python, work / f"test-{Path(python).name}")
@@ -104,7 +134,8 @@ def check_sdist_builds_offline(python: str, sdist: Path, work: Path) -> None:
     requirements = ["setuptools>=77", "cython>=3.2.9", "grpcio", "protobuf"]
     run(there, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", *requirements)
     offline = [there, "-m", "pip", "install", "--quiet", "--no-index", "--no-build-isolation", sdist]
-    run(*offline, environment={**compiler(platform.machine()), "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull})
+    zig = compiler(there, platform.machine(), work)
+    run(*offline, environment={**zig, "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull})
     run(there, "-c", "import grpc_batcher; print(grpc_batcher.__version__)", folder=work)
 
 
@@ -127,14 +158,19 @@ def main() -> None:
                 wheel = build_wheel(python, machine, sdist, work)
                 if machine != platform.machine():
                     outcome = f"built and audited; not run, as this machine is {platform.machine()}"
-                elif tests == "none":
-                    outcome = "built and audited; not tested, as asked"
                 else:
-                    test_wheel(python, wheel, tree, tests, work)
-                    outcome = f"installed without a compiler; tests passed: {tests}"
+                    try_bare(python, wheel, work)
+                    outcome = "installed without a compiler and without numpy; README's example ran; "
+                    if tests == "none":
+                        outcome += "not tested, as asked"
+                    else:
+                        test_wheel(python, wheel, tree, tests, work)
+                        outcome += f"tests passed: {tests}"
                 outcomes.append((wheel.name, outcome))
     width = max(len(name) for name, _ in outcomes)
     print(f"\nIn {DIST}:", *(f"{name:<{width}}  {outcome}" for name, outcome in outcomes), sep="\n")
+    if missing := missing_pythons(pythons):
+        print(missing)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,42 @@
 #!/usr/bin/env bash
 # Builds the image of docker/Dockerfile and shows that it does what docker/README.md says; ends with 0 if all of it does.
 #
-#   CONTAINER_ENGINE  docker or podman
+#   CONTAINER_ENGINE  docker (with buildx) or podman; by default the first of them that answers
 #   BASE_IMAGE        an image of Debian or Ubuntu; by default the Dockerfile's
 #   BUILD_OPTIONS     further options of the engine's build, such as --secret id=pip_conf,src=/etc/pip.conf
 set -euo pipefail
+unset CDPATH # with it, cd prints where it went
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-engine=${CONTAINER_ENGINE:-docker}
-image=localhost/grpc-batcher
+engine=
+image=localhost/grpc-batcher-proof:$$ # a tag of its own, which is removed in the end
 server=grpc-batcher-proof-$$
 folder=$(mktemp -d)
 
 clean_up() {
-  "$engine" rm --force "$server" >/dev/null 2>&1 || true
+  if [ -n "$engine" ]; then
+    "$engine" rm --force "$server" >/dev/null 2>&1 || true
+    "$engine" image rm "$image" >/dev/null 2>&1 || true
+  fi
   rm -rf "$folder"
 }
 trap clean_up EXIT
+
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+candidates=(docker podman)
+if [ -n "${CONTAINER_ENGINE:-}" ]; then candidates=("$CONTAINER_ENGINE"); fi
+for candidate in "${candidates[@]}"; do
+  if "$candidate" info >/dev/null; then
+    engine=$candidate
+    break
+  fi
+done
+if [ -z "$engine" ]; then
+  echo "No container engine answers (tried: ${candidates[*]}). scripts/prove_with_buildah.sh needs none." >&2
+  exit 1
+fi
 
 says() { printf '\n== %s\n' "$*"; }
 
@@ -46,7 +66,8 @@ wait_for() {
   fail "after $tries tries still not: $*"
 }
 
-server_logged() { "$engine" logs "$server" 2>&1 | grep -q "$1"; }
+# Not `grep -q`: it leaves at the first match, the engine then fails to write, and with pipefail all of it has failed.
+server_logged() { "$engine" logs "$server" 2>&1 | grep "$1" >/dev/null; }
 
 says "the image builds; the tests pass on the way"
 read -r -a options <<<"${BUILD_OPTIONS:-}"
@@ -80,10 +101,10 @@ PYTHON
 chmod 755 "$folder"
 "$engine" run --detach --name "$server" --mount "type=bind,source=$folder/slow.py,target=/srv/slow.py,readonly" "$image" \
   serve slow:answer --model repr --batch-size 8 --batch-timeout-s 0.005 --grace-s 20 >/dev/null
-wait_for "$engine" exec "$server" grpc-batcher check localhost:50051
+wait_for "$engine" exec "$server" grpc-batcher check
 case $engine in
   *podman) "$engine" healthcheck run "$server" || fail "podman finds it unhealthy" ;;
-  *) wait_for sh -c "'$engine' inspect --format '{{.State.Health.Status}}' $server | grep -qx healthy" ;;
+  *) wait_for sh -c "'$engine' inspect --format '{{.State.Health.Status}}' $server | grep -x healthy >/dev/null" ;;
 esac
 
 says "callers in other containers get their answers"

@@ -20,9 +20,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pythons import found_pythons, make_environment, run, test_files
+from pythons import ROOT, example_runs, found_pythons, make_environment, missing_pythons, run, test_files
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "matrix"
 
 # The lowest releases that pyproject.toml allows and that have wheels for that Python.
@@ -40,6 +39,8 @@ KNOWN_WARNINGS = (
     "-Wignore:datetime.datetime.utcfromtimestamp:DeprecationWarning",
     "-Wignore:Unexpected end-group tag:RuntimeWarning",
 )
+# What is there beside it: after its import, README's first example has to run.
+BESIDE_MUKOE = ("tensorflow", "ray")
 MUKOE = ("numpy==1.23.5", "tensorflow-cpu==2.15.*", "ray==2.9.*", "protobuf<5")
 
 
@@ -49,12 +50,14 @@ class Row:
 
     pins: what pip installs together with the package.
     forced: what is installed after that against the wishes of other packages than ours.
+    beside: modules after whose import README's first example has to run.
     """
 
     name: str
     python: str
     pins: tuple[str, ...] = ()
     forced: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     outcome: str = "not run"
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
@@ -69,14 +72,14 @@ def all_rows() -> list[Row]:
     rows = []
     for python in found_pythons():
         version = python.removeprefix("python")
-        oldest = OLDEST[version]
-        beside = tuple(f"{name}=={oldest['grpcio']}" for name in BESIDE_GRPCIO)
-        pins = (f"grpcio=={oldest['grpcio']}", f"numpy=={oldest['numpy']}", *beside)
-        # The tools of the tests ask for a newer protobuf than they, and the package, run with.
-        rows.append(Row(f"{version}-oldest", python, pins, (f"protobuf=={oldest['protobuf']}",)))
+        if oldest := OLDEST.get(version):
+            beside = tuple(f"{name}=={oldest['grpcio']}" for name in BESIDE_GRPCIO)
+            pins = (f"grpcio=={oldest['grpcio']}", f"numpy=={oldest['numpy']}", *beside)
+            # The tools of the tests ask for a newer protobuf than they, and the package, run with.
+            rows.append(Row(f"{version}-oldest", python, pins, (f"protobuf=={oldest['protobuf']}",)))
         rows.append(Row(f"{version}-newest", python))
         if version == "3.10":
-            rows.append(Row(f"{version}-mukoe", python, MUKOE))
+            rows.append(Row(f"{version}-mukoe", python, MUKOE, beside=BESIDE_MUKOE))
     return rows
 
 
@@ -109,7 +112,7 @@ def run_row(row: Row, wheel: Path, tests: list[str]) -> None:
     elif row.forced and not attempt(*pip, "--no-deps", *row.forced):
         row.outcome = f"error: pip can not install {' '.join(row.forced)}"
     else:
-        row.versions = versions(there)
+        row.versions = versions(there, row.beside)
         log = environment / "tests.log"
         with subprocess.Popen(
             [environment / "bin" / "pytest", "-q", "-n", "4", "-p", "no:cacheprovider", *KNOWN_WARNINGS, *tests],
@@ -125,6 +128,10 @@ def run_row(row: Row, wheel: Path, tests: list[str]) -> None:
         row.outcome = re.sub(r" in [\d.]+s.*", "", summaries[-1].strip("= \n")) if summaries else "error: see above"
         if program.returncode != 0 and row.passed:
             row.outcome += f", status {program.returncode}"
+        if row.beside:
+            imports = f"import {', '.join(row.beside)}"
+            ran = example_runs(there, environment, before=imports)
+            row.outcome += f"; example after `{imports}` {'ran' if ran else 'failed'}"
     row.seconds = time.monotonic() - started
 
 
@@ -134,22 +141,30 @@ def attempt(*command: str | Path) -> bool:
     return subprocess.run(words).returncode == 0
 
 
-def versions(there: Path) -> dict[str, str]:
+def versions(there: Path, beside: tuple[str, ...]) -> dict[str, str]:
     """What is installed, and the gear that the package chose."""
-    program = """
+    program = f"""
 from importlib.metadata import version
 from grpc_batcher import _gears
-print(*(f"{name}={version(name)}" for name in ("grpcio", "protobuf", "numpy")), f"gear={_gears.server_gear()}")
+print("gear", _gears.server_gear())
+for module in ("grpcio", "protobuf", "numpy", *{beside!r}):
+    print(module, version("tensorflow-cpu" if module == "tensorflow" else module))
 """
     output = subprocess.run([there, "-c", program], capture_output=True, text=True, cwd=there.parent).stdout
-    return dict(pair.split("=") for pair in output.split())
+    return dict(line.split() for line in output.splitlines())
 
 
 def print_table(rows: list[Row]) -> None:
-    heads = ["row", "grpcio", "protobuf", "numpy", "gear", "seconds", "tests"]
+    heads = ["row", "grpcio", "protobuf", "numpy", "gear", "beside", "seconds", "tests"]
     columns = ("grpcio", "protobuf", "numpy", "gear")
     cells = [
-        [row.name, *(row.versions.get(name, "?") for name in columns), f"{row.seconds:.0f}", row.outcome]
+        [
+            row.name,
+            *(row.versions.get(name, "?") for name in columns),
+            ", ".join(f"{name} {row.versions.get(name, '?')}" for name in row.beside),
+            f"{row.seconds:.0f}",
+            row.outcome,
+        ]
         for row in rows
     ]
     widths = [max(len(line[i]) for line in (heads, *cells)) for i in range(len(heads))]
@@ -168,6 +183,8 @@ def main() -> None:
         run_row(row, wheels[row.python], tests)
     print()
     print_table(rows)
+    if missing := missing_pythons([row.python for row in rows]):
+        print(missing)
     sys.exit(0 if all(row.passed for row in rows) else 1)
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,20 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "scripts/build_grpc_batcher.sh"
 MODES = ["help", "build_e2e", "build_py_interactive", "test_py_interactive", "build_cpp_interactive", "teardown"]
 
-# It keeps a file for each container, and fails at an order that has the words of FAIL in it; at those of HANG it waits.
+# It keeps a file for each container, and fails at an order that has the words of FAIL in it; at those of HANG it waits,
+# and at those of MAKE_LATE it makes the container only when it is told to end.
 STAND_IN = f"""#!{sys.executable}
-import json, os, pathlib, sys, time
+import json, os, pathlib, signal, sys, time
+if os.environ.get("MAKE_LATE"):
+    signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGTERM}})
 state = pathlib.Path(os.environ["ENGINE_STATE"])
 order = sys.argv[1:]
 with open(state / "orders", "a") as orders:
     orders.write(json.dumps(order) + "\\n")
 text = " ".join(order)
+if os.environ.get("MAKE_LATE") and os.environ["MAKE_LATE"] in text:
+    signal.sigwait({{signal.SIGTERM}})
+    time.sleep(1)
 if os.environ.get("HANG") and os.environ["HANG"] in text:
     while True:
         time.sleep(0.01)
@@ -48,15 +55,15 @@ elif order[0] == "cp":
 
 
 class Engine:
-    """The stand-in, and a copy of the script in a project of its own, in a path with spaces."""
+    """The stand-in, and a copy of the script in a project of its own, in a path with spaces and a comma."""
 
     def __init__(self, folder: Path) -> None:
-        self.project = folder / "my project"
+        self.project = folder / "my project, here"
         (self.project / "scripts").mkdir(parents=True)
         shutil.copy(ROOT / SCRIPT, self.project / SCRIPT)
         self.commands = folder / "commands"
         self.commands.mkdir()
-        for name in ("bash", "env", "dirname", "cksum", "cut", "cat", "mkdir", "ls"):
+        for name in ("bash", "env", "dirname", "cksum", "cut", "cat", "mkdir", "mktemp", "mv", "rm"):
             (self.commands / name).symlink_to(str(shutil.which(name)))
         self.elsewhere = folder / "else where"
         self.elsewhere.mkdir()
@@ -139,8 +146,35 @@ def test_build_e2e_copies_the_tested_wheel_to_dist_and_leaves_no_container(
     assert engine.verbs == ["build", "create", "cp", "rm"]
     assert option(engine.orders[0], "--target") == "test"
     assert engine.containers == []
-    assert [file.suffix for file in (engine.project / "dist").iterdir()] == [".whl"]
-    assert "grpc_batcher-0-py3-none-any.whl" in output
+    wheel = engine.project / "dist" / "grpc_batcher-0-py3-none-any.whl"
+    assert list((engine.project / "dist").iterdir()) == [wheel]
+    assert output.splitlines()[0] == str(wheel)
+    assert "glibc" in output
+
+
+def test_build_e2e_names_the_new_wheel_alone_and_leaves_the_others(engine: Engine) -> None:
+    other = engine.project / "dist" / "grpc_batcher-0-py2-none-any.whl"
+    other.parent.mkdir()
+    other.touch()
+    output = engine.succeed("build_e2e")
+    assert other.exists()
+    assert [Path(line).name for line in output.splitlines() if line.endswith(".whl")] == [
+        "grpc_batcher-0-py3-none-any.whl"
+    ]
+
+
+def test_a_cdpath_does_not_lead_the_script_astray(engine: Engine) -> None:
+    with subprocess.Popen(
+        ["bash", SCRIPT, "build_e2e"],
+        cwd=engine.project,
+        env={"PATH": str(engine.commands), "ENGINE_STATE": str(engine._state), "CDPATH": f".:{engine.project}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as program:
+        _, errors = program.communicate(timeout=PROGRAM_LIMIT_S)
+    assert program.returncode == 0, errors
+    assert engine.orders[0][-1] == str(engine.project)
 
 
 def test_the_engine_builds_from_the_scripts_project_wherever_it_is_called_from(engine: Engine) -> None:
@@ -154,7 +188,7 @@ def test_the_engine_builds_from_the_scripts_project_wherever_it_is_called_from(e
 def test_build_py_interactive_leaves_a_container_that_the_next_one_uses_again(engine: Engine) -> None:
     engine.succeed("build_py_interactive")
     assert engine.verbs == ["build", "run", "exec", "exec"]
-    assert option(engine.orders[1], "--mount") == f"type=bind,source={engine.project},target=/source,readonly"
+    assert option(engine.orders[1], "--volume") == f"{engine.project}:/source:ro"
     (container,) = engine.containers
     engine.succeed("build_py_interactive")
     assert engine.verbs[4:] == ["start", "exec", "exec"]
@@ -177,6 +211,15 @@ def test_test_py_interactive_without_a_container_says_what_to_run_first(engine: 
     assert engine.orders == []
 
 
+def test_test_py_interactive_after_build_cpp_interactive_alone_says_what_to_run_first(engine: Engine) -> None:
+    engine.succeed("build_cpp_interactive")
+    done = engine.run("test_py_interactive", FAIL="test -x /tested/bin/pytest")
+    assert done.returncode == 1
+    assert "Nothing to test is installed" in done.stderr
+    assert "build_py_interactive" in done.stderr
+    assert "/tested/bin/pytest tests" not in " ".join(engine.orders[-1])
+
+
 def test_build_cpp_interactive_compiles_and_loads_the_native_modules_alone(engine: Engine) -> None:
     engine.succeed("build_cpp_interactive")
     assert engine.verbs == ["build", "run", "exec", "exec", "exec"]
@@ -187,14 +230,32 @@ def test_build_cpp_interactive_compiles_and_loads_the_native_modules_alone(engin
     assert len(engine.containers) == 1
 
 
-def test_the_program_that_loads_the_native_modules_runs(tmp_path: Path) -> None:
+def loading_program(folder: Path) -> str:
+    """What the script loads the native modules with, for those in a folder."""
     text = (ROOT / SCRIPT).read_text()
     program = text[text.index("load_native='") + len("load_native='") :].partition("\n'")[0]
+    return program.replace("/native/grpc_batcher", str(folder))
+
+
+def test_the_program_that_loads_the_native_modules_runs(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(Path(sys.modules["grpc_batcher"].__file__ or "").parent, tmp_path / "grpc_batcher"))
-    program = program.replace("/native/grpc_batcher", str(folder))
+    program = loading_program(folder)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PROGRAM_LIMIT_S)
     assert done.returncode == 0, done.stderr
     assert [line.partition(":")[0] for line in done.stdout.splitlines()] == ["grpc_batcher._core", "grpc_batcher._wire"]
+
+
+def test_the_program_that_loads_the_native_modules_fails_where_there_are_none(tmp_path: Path) -> None:
+    program = loading_program(tmp_path)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PROGRAM_LIMIT_S)
+    assert (done.returncode, done.stderr) == (1, f"there is no native module in {tmp_path}\n")
+
+
+def test_teardown_fails_where_the_engine_can_not_list_its_containers(engine: Engine) -> None:
+    engine.succeed("build_py_interactive")
+    done = engine.run("teardown", FAIL="ps --all")
+    assert done.returncode != 0
+    assert "told to fail" in done.stderr
 
 
 def test_teardown_removes_this_projects_containers_and_no_others_and_may_run_again(engine: Engine) -> None:
@@ -235,6 +296,38 @@ def test_a_failure_leaves_the_container_that_was_there_before(engine: Engine) ->
     assert engine.containers == containers
 
 
+@pytest.mark.parametrize(("mode", "hangs_at"), [("build_py_interactive", "pip wheel"), ("build_e2e", "cp")])
+def test_sigterm_to_the_script_alone_ends_it_while_the_engine_works_and_leaves_no_container(
+    engine: Engine, mode: str, hangs_at: str
+) -> None:
+    with engine.start(mode, HANG=hangs_at) as program:
+        eventually(lambda: any(hangs_at in " ".join(order) for order in engine.orders))
+        program.terminate()
+        program.communicate(timeout=PROGRAM_LIMIT_S)
+    assert program.returncode == 128 + signal.SIGTERM
+    assert engine.containers == []
+    assert list(engine.project.glob("dist/*")) == list(engine.project.glob("dist/.*")) == []
+
+
+def test_a_container_that_the_engine_makes_while_the_script_is_told_to_end_is_removed(engine: Engine) -> None:
+    with engine.start("build_py_interactive", MAKE_LATE="run --detach") as program:
+        eventually(lambda: engine.verbs[-1:] == ["run"])
+        program.terminate()
+        program.communicate(timeout=PROGRAM_LIMIT_S)
+    assert program.returncode == 128 + signal.SIGTERM
+    assert engine.verbs[-2:] == ["run", "rm"]
+    assert engine.containers == []
+
+
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Programs that are started heed SIGINT, also where the tests run in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_in_the_middle_leaves_no_container(engine: Engine) -> None:
     with engine.start("build_py_interactive", HANG="pip wheel") as program:
         eventually(lambda: engine.verbs[-2:] == ["exec", "exec"])
@@ -256,6 +349,7 @@ def test_an_engine_that_does_not_answer_is_passed_over(engine: Engine, tmp_path:
     done = engine.run("build_e2e", FAIL="info")
     assert done.returncode == 1
     assert "No container engine answers" in done.stderr
+    assert "docker: told to fail\npodman: not found\n" in done.stderr
 
 
 def test_podman_serves_where_there_is_no_docker(tmp_path: Path) -> None:
