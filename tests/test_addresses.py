@@ -15,6 +15,7 @@ import pytest
 from serving import (
     address_of,
     answer,
+    echo,
     error_of,
     eventually,
     in_background,
