@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import atexit
-import errno
 import logging
 import math
 import os
 import signal
-import socket
 import threading
 import time
 import weakref
@@ -21,7 +19,7 @@ import grpc
 from . import _core, _forks, _gears
 from ._callback import Failure, outcomes_of
 from ._delivery import Delivery
-from ._errors import BindError
+from ._listening import address_of, is_local, listen
 from ._metrics import Metrics, Recorder, summary
 from ._models import MODELS, Model
 from ._service import Service
@@ -127,7 +125,7 @@ class MukoeBatcher:
                 self._threads, handlers=(self._service,), interceptors=self._interceptors, options=self._options
             )
             self._standard_services.add_to(server)
-            self._port = self._bind(server)
+            self._port = listen(server, self._host, self._port, self._credentials)
             server.start()
             try:
                 self._batch_thread.start()
@@ -143,7 +141,7 @@ class MukoeBatcher:
                 self._shut_down(grace_s=0)
                 raise RuntimeError("this batcher was shut down while it started")
         _logger.debug("serving %r on %s with the %s gear", self._model.name, self.address, self.gear)
-        if self._credentials is None and not _is_local(self._host):
+        if self._credentials is None and not is_local(self._host):
             _logger.warning(
                 "serving %r on %s in plaintext, to whoever can reach it; give create_batcher credentials=, or "
                 "host='127.0.0.1' for this machine alone",
@@ -191,20 +189,6 @@ class MukoeBatcher:
             for number, handler in handlers.items():
                 # None: it was not set from Python, and can not be set again from here.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def _bind(self, server: grpc.Server) -> int:
-        """Return the port that the server listens on; for a unix socket what was asked for."""
-        if why := _why_not(self._host, self._port):
-            raise BindError(f"can not listen on {self.address}: {why}")
-        port = _add_port(server, self.address, self._credentials)
-        if port == 0:
-            if self._credentials is not None and not _can_be_used(self._credentials):
-                raise ValueError(
-                    f"credentials is {self._credentials!r}, of which gRPC can not use the certificate, the key or the "
-                    "root certificates (it said which on stderr); they must be PEM, and the key that of the certificate"
-                )
-            raise BindError(f"can not listen on {self.address}; gRPC said why on stderr")
-        return self._port if _is_unix(self._host) else port
 
     def is_server_ready(self) -> bool:
         """Whether it is started, in this process, and not shut down."""
@@ -303,9 +287,7 @@ class MukoeBatcher:
     @property
     def address(self) -> str:
         """What it listens on, as gRPC writes it: "0.0.0.0:50051", "[::1]:50051", "unix:/run/batcher.sock"."""
-        if _is_unix(self._host):
-            return self._host
-        return f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
+        return address_of(self._host, self._port)
 
     @property
     def port(self) -> int:
@@ -469,66 +451,6 @@ def _is_duration(value: Any) -> bool:
         return math.isfinite(value) and 0 <= value <= _MAX_TIMEOUT_S
     except TypeError:
         return False
-
-
-def _is_unix(host: str) -> bool:
-    return host.startswith(("unix:", "unix-abstract:"))
-
-
-def _add_port(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
-    """Return the port, or 0 if it can not be had, as grpcio did before 1.60."""
-    try:
-        if credentials is None:
-            return int(server.add_insecure_port(address))
-        return int(server.add_secure_port(address, credentials))
-    except RuntimeError:
-        return 0
-
-
-def _can_be_used(credentials: grpc.ServerCredentials) -> bool:
-    """Whether gRPC takes them for an address that can surely be had."""
-    return _add_port(grpc.server(DaemonThreadPool("grpc_batcher-probe")), "127.0.0.1:0", credentials) != 0
-
-
-def _why_not(host: str, port: int) -> str | None:
-    """Why the system will not let a server listen there; None if it will.
-
-    gRPC would take a unix socket's path from another server, and be content with one of the addresses of a name.
-    """
-    if _is_unix(host):
-        return "another server does" if _is_served(host) else None
-    whys = []
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, _, _, address in found:
-            try:
-                with socket.socket(family, kind) as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
-                    probe.bind(address)
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    return error.strerror
-                whys.append(error.strerror)  # such as of a family that this machine does not have
-    except (OSError, UnicodeError) as error:
-        return str(error)
-    return whys[0] if len(whys) == len(found) else None
-
-
-def _is_served(host: str) -> bool:
-    """Whether a server listens on a unix socket. gRPC would take the path away from it without a word."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(host.removeprefix("unix:"))
-        except BlockingIOError:  # it has more callers than it can take
-            return True
-        except OSError:  # nobody; or a process that was killed left the socket behind, which gRPC replaces
-            return False
-        return True
-
-
-def _is_local(host: str) -> bool:
-    return _is_unix(host) or host.startswith("127.") or host in ("localhost", "::1")
 
 
 # ---- a program that ends without `shutdown`, and forked children ----
