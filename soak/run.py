@@ -288,7 +288,10 @@ class Soak:
             )
             if compared is not None:
                 self._print(compared, 1 / 2**20 if what == "memory_bytes" else 1)
-        for compared in verdict.compare_latency(self._latencies_ms, self._begin_s, self._end_s):
+        latencies = verdict.compare_latency(self._latencies_ms, self._begin_s, self._end_s)
+        if self._end_s - self._begin_s >= verdict.JUDGED_FROM_S and not (self._series and latencies):
+            self.report("there was nothing to compare")
+        for compared in latencies:
             self._print(compared._replace(name=f"the probe's {compared.name}, ms"), 1)
         print(f"\n{'all held' if not self._fault_count else f'{self._fault_count} FAULTS'}", flush=True)
 

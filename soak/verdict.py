@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 MAX_WARM_UP_S = 300.0
 
+# A run of so long has something to compare, or something is wrong with it.
+JUDGED_FROM_S = 300.0
+
 Series = Sequence[tuple[float, float]]  # (when in s, value)
 
 
@@ -29,7 +32,7 @@ class Limit(NamedTuple):
 
 # memory: glibc keeps what it freed for other sizes. blocks: of Python's allocator; 10 to 100 for a request in flight.
 RESOURCES = {
-    "memory_bytes": Limit(1.25, 32 << 20),
+    "memory_bytes": Limit(1.2, 16 << 20),
     "blocks": Limit(1.1, 20_000),
     "threads": Limit(1.25, 8),
     "files": Limit(1.25, 16),
@@ -38,7 +41,7 @@ NO_LIMIT = Limit(math.inf, 0)
 
 # Of fewer in a part, which a run of under some minutes has, one pause of the machine decides: they are not judged.
 MIN_LATENCIES = 1000
-LATENCIES_MS = {"p50": (0.50, Limit(5, 10)), "p99": (0.99, Limit(10, 100))}
+LATENCIES_MS = {"p50": (0.50, Limit(3, 5)), "p99": (0.99, Limit(5, 50))}
 
 
 class Comparison(NamedTuple):
