@@ -271,8 +271,8 @@ class _ServerStream:
         return finished
 
     def _fail(self, error: Exception) -> None:
-        _logger.error("a stream failed", exc_info=error)
         self.end(StreamEnd(grpc.StatusCode.INTERNAL, f"the server failed: {type(error).__name__}: {error}"))
+        _logger.error("a stream failed", exc_info=error)
 
 
 # ---- the client's end ----
