@@ -57,7 +57,7 @@ find_engine() {
   done
   fail "${said[@]}" \
     "No container engine answers (tried: ${candidates[*]}). Install docker or podman, start it, or name one in" \
-    "CONTAINER_ENGINE. Without an engine, \`make wheels\` builds the wheels, and \`pip install .\` installs from source."
+    "CONTAINER_ENGINE. Without an engine, \`make wheels\` builds the wheels; \`pip install .\` installs from source."
 }
 
 # Runs a command without making a signal wait for its end: bash handles signals between commands, or in a wait.
@@ -114,7 +114,7 @@ build_e2e() {
     "\`make wheels\` builds wheels for old glibc and for every Python that is here."
 }
 
-# The container that stays sees the project in /source, and cannot change it.
+# The container that stays sees the project in /source, and cannot change it. Its sleep would not heed SIGTERM.
 start_interactive() {
   local options
   if container_exists "$interactive"; then
@@ -124,7 +124,7 @@ start_interactive() {
   read -r -a options <<<"${RUN_OPTIONS:-}"
   build_image build
   remove_on_exit=$interactive
-  interruptible "$engine" run --detach --name "$interactive" --volume "$root:/source:ro" \
+  interruptible "$engine" run --detach --stop-signal KILL --name "$interactive" --volume "$root:/source:ro" \
     ${options[@]+"${options[@]}"} "$image:build" sleep infinity >/dev/null
 }
 
