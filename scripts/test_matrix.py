@@ -34,9 +34,10 @@ OLDEST = {
 }
 # Of the same release as grpcio: newer ones need a newer grpcio.
 BESIDE_GRPCIO = ("grpcio-tools", "grpcio-health-checking", "grpcio-reflection")
-# protobuf 3.20's own; the tests take every other warning for an error.
+# Of protobuf 3.20 and of grpcio itself; the tests take every other warning for an error.
 KNOWN_WARNINGS = (
     "-Wignore:datetime.datetime.utcfromtimestamp:DeprecationWarning",
+    "-Wignore:datetime.datetime.utcnow:DeprecationWarning",  # grpcio 1.59's
     "-Wignore:Unexpected end-group tag:RuntimeWarning",
 )
 # What is there beside it: after its import, README's first example has to run.
