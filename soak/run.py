@@ -282,14 +282,16 @@ class Soak:
             "\nThe first and the last part of the time after the warm-up (see soak/verdict.py):\n"
             f"{'':40}{'first':>10}{'last':>10}{'ratio':>8}"
         )
+        is_long = self._end_s - self._begin_s >= verdict.JUDGED_FROM_S
         for name, what in sorted(self._series):
+            limit = verdict.RESOURCES[what] if is_long or what != "memory_bytes" else verdict.NO_LIMIT
             compared = verdict.compare_use(
-                f"{name}: {what}", self._series[name, what], self._begin_s, self._end_s, verdict.RESOURCES[what]
+                f"{name}: {what}", self._series[name, what], self._begin_s, self._end_s, limit
             )
             if compared is not None:
                 self._print(compared, 1 / 2**20 if what == "memory_bytes" else 1)
         latencies = verdict.compare_latency(self._latencies_ms, self._begin_s, self._end_s)
-        if self._end_s - self._begin_s >= verdict.JUDGED_FROM_S and not (self._series and latencies):
+        if is_long and not (self._series and latencies):
             self.report("there was nothing to compare")
         for compared in latencies:
             self._print(compared._replace(name=f"the probe's {compared.name}, ms"), 1)

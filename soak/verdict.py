@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 MAX_WARM_UP_S = 300.0
 
-# A run of so long has something to compare, or something is wrong with it.
+# A run of so long has something to compare, or something is wrong with it. In a shorter one memory has not yet found
+# its level, and is not judged.
 JUDGED_FROM_S = 300.0
 
 Series = Sequence[tuple[float, float]]  # (when in s, value)
