@@ -247,7 +247,7 @@ class MukoeBatcher:
             return
         connection_grace_s = _STREAM_END_GRACE_S
         try:
-            if not self._drain(time.monotonic() + grace_s, grace_s):
+            if not self._drain(grace_s):
                 connection_grace_s = _SLOW_CONNECTION_GRACE_S
         finally:  # also if Ctrl-C, or a handler of the log, broke into it
             self._room.abandon()
@@ -255,9 +255,10 @@ class MukoeBatcher:
             self._server.stop(None if at_exit else connection_grace_s).wait()
             self._threads.shutdown()
 
-    def _drain(self, end_s: float, grace_s: float) -> bool:
-        """Let what was taken in end, until a monotonic time; return whether all callers were quick to take it."""
-        self._batch_thread.join(max(end_s - time.monotonic(), 0))
+    def _drain(self, grace_s: float) -> bool:
+        """Let what was taken in end within the grace; return whether all callers were quick to take it."""
+        end_s = time.monotonic() + grace_s
+        self._batch_thread.join(grace_s)
         abandoned = self._room.abandon()
         self._delivery.close(max(end_s - time.monotonic(), _STREAM_END_GRACE_S))
         self._service.end_streams()

@@ -17,8 +17,8 @@ from ._cli_options import (
     FILE,
     NEW_FILE,
     Failure,
-    KeyValue,
     check_has_port,
+    metadata_option,
     seconds,
     seconds_above_0,
     security,
@@ -81,12 +81,7 @@ def _counts(text: str) -> list[int]:
     default=64 * 1024 * 1024,
     help="Bytes of the largest answer taken.",
 )
-@click.option(
-    "--metadata",
-    type=KeyValue(),
-    multiple=True,
-    help="Sent as streams open, such as a token. May be given again, or in several lines of the variable.",
-)
+@metadata_option("as streams open")
 @security_options
 @click.option("--json", type=NEW_FILE, help="Write what was found to this file.")
 @click.option("--picture", type=NEW_FILE, help="Draw it to this file, such as bench.png.")

@@ -8,7 +8,15 @@ from typing import Any
 import click
 import grpc
 
-from ._cli_options import Failure, KeyValue, check_has_port, seconds_above_0, security, security_options, unresolved
+from ._cli_options import (
+    Failure,
+    check_has_port,
+    metadata_option,
+    seconds_above_0,
+    security,
+    security_options,
+    unresolved,
+)
 
 
 @click.command(short_help="Ask a server whether it serves.")
@@ -21,12 +29,7 @@ from ._cli_options import Failure, KeyValue, check_has_port, seconds_above_0, se
     default=5.0,
     help="How long to wait for the answer, in seconds.",
 )
-@click.option(
-    "--metadata",
-    type=KeyValue(),
-    multiple=True,
-    help="Sent with the question, such as a token. May be given again, or in several lines of the variable.",
-)
+@metadata_option("with the question")
 @security_options
 def check(address: str, service: str, timeout_s: float, metadata: tuple[tuple[str, str], ...], **tls: Any) -> int:
     """Ask the health service at ADDRESS (host:port or unix:/path) whether it serves.

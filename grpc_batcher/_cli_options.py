@@ -71,6 +71,16 @@ class KeyValue(click.ParamType):  # type: ignore[type-arg, unused-ignore]
         return key, content
 
 
+def metadata_option(when: str) -> Callable[[_Command], _Command]:
+    """The option for metadata that is sent `when` its help says."""
+    return click.option(
+        "--metadata",
+        type=KeyValue(),
+        multiple=True,
+        help=f"Sent {when}, such as a token. May be given again, or in several lines of the variable.",
+    )
+
+
 # ---- TLS ----
 
 

@@ -115,7 +115,6 @@ def serve(
         raise Failure(re.sub(r"^\w+(?= is )", lambda name: _option(name[0]), str(error))) from None
     except ImportError as error:  # of an extra
         raise Failure(str(error)) from None
-    _check_can_listen(batcher)
     # The metrics first: a batcher that takes requests must not end because of their port.
     if metrics_port is not None:
         print(f"metrics on http://{_serve_metrics(batcher, metrics_host, metrics_port)}/metrics", flush=True)
@@ -179,14 +178,6 @@ def _serve_metrics(batcher: MukoeBatcher, host: str, port: int) -> str:
         raise Failure(f"--metrics-port: can not listen on {host}:{port}: {error}") from None
     REGISTRY.register(BatcherCollector(batcher))
     return f"[{host}]:{server.server_port}" if ":" in host else f"{host}:{server.server_port}"
-
-
-def _check_can_listen(batcher: MukoeBatcher) -> None:
-    """Raise Failure if a unix socket can not be had there: gRPC's error would not say why."""
-    if batcher.address.startswith("unix:"):
-        socket_folder = Path(batcher.address.removeprefix("unix:").removeprefix("//")).parent
-        if not os.access(socket_folder, os.W_OK):
-            raise Failure(f"can not listen on {batcher.address}: there is no folder {socket_folder} to write to")
 
 
 def _announce(batcher: MukoeBatcher) -> None:

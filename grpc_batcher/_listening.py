@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
+from pathlib import Path
 
 import grpc
 
@@ -52,6 +54,10 @@ def _why_not(host: str, port: int) -> str | None:
 
     gRPC would take a unix socket's path from another server, and be content with one of the addresses of a name.
     """
+    if host.startswith("unix:"):
+        folder = Path(host.removeprefix("unix:").removeprefix("//")).parent
+        if not os.access(folder, os.W_OK):
+            return f"there is no folder {folder} to write to"
     if is_unix(host):
         return "another server does" if _is_served(host) else None
     whys = []
