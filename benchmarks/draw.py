@@ -47,11 +47,15 @@ def picture(record: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-def _throughput_by_payload(axes: Any, cells: Mapping[str, Any]) -> None:
+def _plot_throughput(axes: Any, cells: Mapping[str, Any], row: str) -> None:
     for system, (label, colour) in _SYSTEMS.items():
-        points = _points(cells, "throughput", system, "requests_per_s")
+        points = _points(cells, row, system, "requests_per_s")
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=label)
+
+
+def _throughput_by_payload(axes: Any, cells: Mapping[str, Any]) -> None:
+    _plot_throughput(axes, cells, "throughput")
     axes.set(title="16 callers: throughput by payload", xlabel="payload, bytes", ylabel="requests a second")
     axes.set(xscale="log", yscale="log")
     axes.set_ylim(bottom=axes.get_ylim()[0] / 4)  # the legend's place
@@ -71,10 +75,7 @@ def _latency(axes: Any, cells: Mapping[str, Any]) -> None:
 
 
 def _throughput_by_streams(axes: Any, cells: Mapping[str, Any]) -> None:
-    for system, (label, colour) in _SYSTEMS.items():
-        points = _points(cells, "streams", system, "requests_per_s")
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=label)
+    _plot_throughput(axes, cells, "streams")
     axes.set(title="64 B: throughput by open streams", xlabel="open streams, all in use", ylabel="requests a second")
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)

@@ -14,11 +14,14 @@ import time
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from serving import eventually, in_background
 
 from grpc_batcher import MukoeBatcherClient, RequestError, create_batcher
 
@@ -152,6 +155,28 @@ class Ledger:
         refused = {name for name, code in failed.items() if code in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")}
         assert not refused & seen.keys(), "the callback saw requests that were refused"
         return Account(answered, failed, batches)
+
+
+@contextmanager
+def asking(ledger: Ledger, name: str, clients: Sequence[MukoeBatcherClient]) -> Iterator[None]:
+    """A thread for each client, "name-0" and so on, that keeps asking until this is left."""
+    over = threading.Event()
+    callers = [
+        in_background(ledger.keep_asking, client, f"{name}-{number}", over.is_set, extra_bytes=100 * number)
+        for number, client in enumerate(clients)
+    ]
+    try:
+        yield
+    finally:
+        over.set()
+    for caller in callers:
+        caller.result()
+
+
+def wait_for_answers(ledger: Ledger, count: int) -> None:
+    """Wait until so many more requests are answered."""
+    enough = ledger.answers + count
+    eventually(lambda: ledger.answers >= enough)
 
 
 def name_in(data: bytes) -> str:

@@ -110,6 +110,16 @@ def eventually(holds: Callable[[], object]) -> None:
         time.sleep(0.002)
 
 
+def open_files() -> int:
+    """How many files and sockets this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def resident_bytes() -> int:
+    """How much memory this process has in use."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
 def in_background(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
     """Make a call on a thread that does not keep a failed test's process from ending."""
     future: Future[Any] = Future()

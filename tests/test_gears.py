@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from serving import (
     eventually,
     in_background,
     old_style_request,
+    open_files,
     run_program,
     serving,
     start_program,
@@ -416,10 +416,6 @@ def test_metadata_and_interceptors_of_the_client_reach_the_server() -> None:
             assert client.gear == "public"
             assert client.send_request(b"x") == ({"result": b"x"}, 0)
     assert [metadata["token"] for metadata in seen] == ["t1", "t2"]
-
-
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.mark.timeout(180)

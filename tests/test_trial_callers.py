@@ -7,50 +7,16 @@ from __future__ import annotations
 
 import gc
 import itertools
-import os
 import random
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accounting import LENGTH, Ledger, ask_until_killed, name_in, start_process
-from serving import Held, address_of, connect, eventually, in_background, serving
+from accounting import LENGTH, Ledger, ask_until_killed, asking, name_in, start_process, wait_for_answers
+from serving import Held, address_of, connect, eventually, in_background, open_files, resident_bytes, serving
 
-from grpc_batcher import MukoeBatcherClient
 from grpc_batcher._service import Session
-
-
-@contextmanager
-def others_asking(ledger: Ledger, client: MukoeBatcherClient, threads: int) -> Iterator[None]:
-    """Threads that ask one request after the other; each of them has to be answered to the end."""
-    over = threading.Event()
-    callers = [
-        in_background(ledger.keep_asking, client, f"other-{number}", over.is_set, extra_bytes=100 * number)
-        for number in range(threads)
-    ]
-    try:
-        yield
-    finally:
-        over.set()
-    for caller in callers:
-        caller.result()
-
-
-def wait_for_answers(ledger: Ledger, count: int) -> None:
-    enough = ledger.answers + count
-    eventually(lambda: ledger.answers >= enough)
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
 
 KILLED_AT_ONCE, KILLED_IN_ALL, THEIR_BYTES = 20, 200 * LENGTH, 200_000
 
@@ -78,7 +44,7 @@ def test_200_callers_killed_at_random_moments_leave_nothing_behind_and_others_th
     with (
         serving(ledger.callback, batch_timeout_s=0.001) as batcher,
         connect(batcher) as client,
-        others_asking(ledger, client, others),
+        asking(ledger, "other", [client] * others),
     ):
         for number in range(2):
             round_of_killing(f"first-{number}")
@@ -151,7 +117,7 @@ def test_time_limits_that_pass_at_any_moment_under_load_harm_nobody_else(tmp_pat
         serving(ledger.callback, batch_timeout_s=0.002) as batcher,
         connect(batcher) as client,
         connect(batcher) as other_client,
-        others_asking(ledger, other_client, 4),
+        asking(ledger, "other", [other_client] * 4),
     ):
         for caller in [in_background(hurry, caller) for caller in range(4)]:
             caller.result()
@@ -179,7 +145,7 @@ def test_under_load_requests_reach_the_callback_in_the_order_in_which_they_came_
     with (
         serving(ledger.callback, batch_size=5, batch_timeout_s=0.001) as batcher,
         connect(batcher) as client,
-        others_asking(ledger, client, 16),
+        asking(ledger, "other", [client] * 16),
     ):
         wait_for_answers(ledger, 2000 * LENGTH)
     in_order = [name for batch in ledger.account().batches for name in batch]

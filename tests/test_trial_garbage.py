@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import random
 import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import grpc
 import pytest
 from google.protobuf.message import DecodeError
 from http2 import HandmadeCaller, message_head
-from serving import METHOD, Held, address_of, answer, connect, error_of, eventually, in_callback, serving, waiting
+from serving import (
+    METHOD,
+    Held,
+    address_of,
+    answer,
+    connect,
+    error_of,
+    eventually,
+    in_callback,
+    resident_bytes,
+    serving,
+    waiting,
+)
 
 from grpc_batcher import MukoeBatcher, MukoeBatcherClient
 from grpc_batcher._models import MODELS
@@ -27,10 +37,6 @@ GRPC_VERSION = tuple(int(part) for part in grpc.__version__.split(".")[:2])
 
 # Numbers of gRPC's statuses, as they travel.
 OK, CANCELLED, RESOURCE_EXHAUSTED = "0", "1", "8"
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 @contextmanager

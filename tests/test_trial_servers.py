@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import random
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from accounting import LENGTH, Ledger, start_server
-from serving import eventually, in_background, serving
+from accounting import LENGTH, Ledger, asking, start_server, wait_for_answers
+from serving import serving
 
 from grpc_batcher import MukoeBatcherClient
 
@@ -28,26 +27,12 @@ CALLERS = {f"caller-{number}" for number in range(2 * THREADS_OF_A_CLIENT)}
 @contextmanager
 def callers_asking(ledger: Ledger, port: int) -> Iterator[None]:
     """Callers that go on with the clients they have, whatever happens, until they are told to stop."""
-    over = threading.Event()
     with (
         MukoeBatcherClient(f"{HOST}:{port}") as first,
         MukoeBatcherClient(f"{HOST}:{port}") as second,
+        asking(ledger, "caller", (first, second) * THREADS_OF_A_CLIENT),
     ):
-        callers = [
-            in_background(ledger.keep_asking, client, f"caller-{number}", over.is_set, extra_bytes=100 * number)
-            for number, client in enumerate((first, second) * THREADS_OF_A_CLIENT)
-        ]
-        try:
-            yield
-        finally:
-            over.set()
-        for caller in callers:
-            caller.result()
-
-
-def wait_for_answers(ledger: Ledger, count: int) -> None:
-    enough = ledger.answers + count
-    eventually(lambda: ledger.answers >= enough)
+        yield
 
 
 @pytest.mark.timeout(60 + 60 * LENGTH)
