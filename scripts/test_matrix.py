@@ -146,7 +146,7 @@ def versions(there: Path, beside: tuple[str, ...]) -> dict[str, str]:
     """What is installed, and the gear that the package chose."""
     program = f"""
 from importlib.metadata import version
-from grpc_batcher import _gears
+from grpc_batcher._transport import choice as _gears
 print("gear", _gears.server_gear())
 for module in ("grpcio", "protobuf", "numpy", *{beside!r}):
     print(module, version("tensorflow-cpu" if module == "tensorflow" else module))
