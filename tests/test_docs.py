@@ -21,8 +21,10 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorP
 from serving import echo, eventually, finish_program, run_program, start_program
 
 import grpc_batcher
-from grpc_batcher import Metrics, MukoeBatcher, MukoeBatcherClient, _batcher, _client, _core, create_batcher
+from grpc_batcher import Metrics, MukoeBatcher, MukoeBatcherClient, _core, create_batcher
+from grpc_batcher._client import connection
 from grpc_batcher._proto import mukoe_batcher_pb2
+from grpc_batcher._server import life_cycle
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = {
@@ -316,13 +318,13 @@ def section_of_promises() -> str:
 
 
 def test_reliability_and_readme_say_the_bounds_that_keepalive_is_set_to() -> None:
-    server_s = _batcher._KEEPALIVE_INTERVAL_MS // 1000, _batcher._KEEPALIVE_TIMEOUT_MS // 1000
-    caller_s = _client._KEEPALIVE_INTERVAL_MS // 1000, _client._KEEPALIVE_TIMEOUT_MS // 1000
+    server_s = life_cycle._KEEPALIVE_INTERVAL_MS // 1000, life_cycle._KEEPALIVE_TIMEOUT_MS // 1000
+    caller_s = connection._KEEPALIVE_INTERVAL_MS // 1000, connection._KEEPALIVE_TIMEOUT_MS // 1000
     hosts = section("Hosts that vanish silently", RELIABILITY)
     for bound_s, (interval_s, timeout_s) in ((sum(server_s), server_s), (sum(caller_s), caller_s)):
         (row,) = [row for row in rows(hosts) if row[1] == f"{bound_s} s"]
         assert row[2].startswith(f"pings after {interval_s} s of silence, waits {timeout_s} s")
-    assert f"It may be {_batcher._LEAST_CALLERS_INTERVAL_MS // 1000} seconds at the least" in " ".join(hosts.split())
+    assert f"It may be {life_cycle._MIN_CALLERS_INTERVAL_MS // 1000} seconds at the least" in " ".join(hosts.split())
     limits = " ".join(section("Limits", README).split())
     assert f"A server notices a vanished caller within {sum(server_s)} seconds" in limits
     assert f"within {caller_s[1]} seconds if a request is on its way, otherwise within {sum(caller_s)}" in limits
@@ -399,11 +401,7 @@ SPEED_ROWS = {
 def measured(run: str) -> dict[str, str]:
     """The median throughput of everything in a run, as the table of speeds writes it."""
     with open(ROOT / "benchmarks" / "results" / f"{run}.csv", newline="") as file:
-        return {
-            row["what"].replace("gear", "transport"): f"{float(row['median']):,.0f}"  # older runs say gear
-            for row in csv.DictReader(file)
-            if row["unit"] == "req/s"
-        }
+        return {row["what"]: f"{float(row['median']):,.0f}" for row in csv.DictReader(file) if row["unit"] == "req/s"}
 
 
 def test_the_table_of_speeds_shows_what_was_measured() -> None:
