@@ -188,7 +188,7 @@ def test_nothing_is_lost_when_callers_find_the_room_full(threads: ThreadPoolExec
     )
 
 
-def test_what_was_let_in_is_answered_when_the_room_closes_under_load(
+def test_accepted_requests_are_answered_when_the_room_closes_under_load(
     threads: ThreadPoolExecutor, open_room: OpenRoom
 ) -> None:
     for enough in (0, 1, 100, 500):
@@ -208,7 +208,7 @@ def test_what_was_let_in_is_answered_when_the_room_closes_under_load(
 # ---- abandon ----
 
 
-def test_an_abandoned_room_ends_what_waits_and_what_is_in_the_callback(
+def test_abandoning_a_room_ends_requests_that_wait_and_those_in_the_callback(
     threads: ThreadPoolExecutor, open_room: OpenRoom
 ) -> None:
     room = open_room(batch_size=4)
@@ -245,7 +245,7 @@ def test_each_request_is_answered_or_closed_when_the_room_is_abandoned_under_loa
 # ---- callers that leave ----
 
 
-def test_a_thread_that_waits_comes_back_when_its_stream_closes(
+def test_a_waiting_thread_returns_when_its_stream_closes(
     threads: ThreadPoolExecutor, open_room: OpenRoom
 ) -> None:
     room = open_room(window_ns=HOUR_NS)
@@ -256,7 +256,7 @@ def test_a_thread_that_waits_comes_back_when_its_stream_closes(
     assert room.waiting == 0
 
 
-def test_a_thread_whose_request_is_taken_comes_back_when_its_stream_closes(
+def test_a_thread_whose_request_is_taken_returns_when_its_stream_closes(
     threads: ThreadPoolExecutor, open_room: OpenRoom
 ) -> None:
     room = open_room(batch_size=2, window_ns=HOUR_NS)
@@ -322,7 +322,7 @@ def test_each_request_is_answered_or_left_when_streams_close_at_random_moments(
 # ---- deadlines ----
 
 
-def test_a_thread_that_waits_comes_back_at_its_deadline(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+def test_a_waiting_thread_returns_at_its_deadline(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
     room = open_room(window_ns=HOUR_NS)
     deadline_ns = time.monotonic_ns() + 30 * MS_NS
     ticket = room.open_stream().push("a", deadline_ns)
@@ -331,7 +331,7 @@ def test_a_thread_that_waits_comes_back_at_its_deadline(threads: ThreadPoolExecu
     assert (room.waiting, room.poll_batch()) == (0, None)
 
 
-def test_a_thread_whose_request_is_taken_comes_back_at_its_deadline(
+def test_a_thread_whose_request_is_taken_returns_at_its_deadline(
     threads: ThreadPoolExecutor, open_room: OpenRoom
 ) -> None:
     room = open_room(batch_size=2, window_ns=HOUR_NS)
@@ -348,7 +348,7 @@ def test_a_thread_whose_request_is_taken_comes_back_at_its_deadline(
     assert (hasty.state, patient.outcome) == (EXPIRED, answer_to("patient"))
 
 
-def test_the_main_thread_comes_back_at_its_deadline(open_room: OpenRoom) -> None:
+def test_the_main_thread_returns_at_its_deadline(open_room: OpenRoom) -> None:
     room = open_room(window_ns=HOUR_NS)
     # Longer than the main thread sleeps at a time.
     deadline_ns = time.monotonic_ns() + 450 * MS_NS
@@ -390,7 +390,7 @@ def test_each_request_is_answered_or_expired_when_deadlines_pass_under_load(
 # ---- what wakes a taker ----
 
 
-def test_a_taker_wakes_when_the_batch_gets_full(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+def test_a_taker_wakes_when_the_batch_is_full(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
     room = open_room(batch_size=3, window_ns=HOUR_NS)
     taken = take_in_sleep(threads, room)
     for request in ("a", "b", "c"):
@@ -470,7 +470,7 @@ def test_a_taker_wakes_when_the_room_is_closed(threads: ThreadPoolExecutor, open
 
 
 @pytest.mark.parametrize("end", [WaitingRoom.close, WaitingRoom.abandon])
-def test_the_taker_of_an_empty_room_wakes_when_that_ends(
+def test_the_taker_of_an_empty_room_wakes_when_the_room_ends(
     threads: ThreadPoolExecutor, open_room: OpenRoom, end: Callable[[WaitingRoom], None]
 ) -> None:
     room = open_room(window_ns=HOUR_NS)
@@ -491,7 +491,7 @@ def test_a_taker_wakes_when_the_room_is_abandoned(threads: ThreadPoolExecutor, o
 # ---- what wakes a waiter ----
 
 
-def test_all_threads_that_wait_for_one_ticket_come_back(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+def test_all_threads_that_wait_for_one_ticket_return(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
     room = open_room(batch_size=1)
     for end, state in (
         (lambda stream, ticket: answer(room, [ticket]), FINISHED),
@@ -551,7 +551,7 @@ room = _core.WaitingRoom(1, 5, 4)
 """
 
 
-def test_a_thread_in_take_batch_leaves_the_gil_to_others(core_command: Callable[[str], list[str]]) -> None:
+def test_a_thread_in_take_batch_releases_the_gil(core_command: Callable[[str], list[str]]) -> None:
     script = """
 taken = []
 taker = threading.Thread(target=lambda: taken.append(room.take_batch()))
@@ -566,7 +566,7 @@ print(taken[0][1][0].request)
     assert (process.returncode, process.stdout) == (0, "a\n"), process.stderr
 
 
-def test_a_thread_in_wait_leaves_the_gil_to_others(core_command: Callable[[str], list[str]]) -> None:
+def test_a_thread_in_wait_releases_the_gil(core_command: Callable[[str], list[str]]) -> None:
     script = """
 ticket = room.open_stream().push("a")
 begun = []
@@ -791,7 +791,7 @@ def test_references_are_neither_kept_nor_dropped_twice_however_requests_ended(en
     assert (sys.getrefcount(request), sys.getrefcount(outcome)) == before
 
 
-def test_a_ticket_that_left_the_room_is_only_its_holders() -> None:
+def test_the_room_keeps_no_reference_to_a_ticket_that_has_ended() -> None:
     room = WaitingRoom(1, 0, 4)
     stream = room.open_stream()
     ticket, plain = stream.push("a"), object()
@@ -802,7 +802,7 @@ def test_a_ticket_that_left_the_room_is_only_its_holders() -> None:
     assert sys.getrefcount(ticket) == sys.getrefcount(plain)
 
 
-def test_a_closed_stream_is_freed_though_its_room_lives_on() -> None:
+def test_a_closed_stream_is_freed_while_its_room_lives() -> None:
     room = WaitingRoom(1, 0, 4)
     before = living()
     for _ in range(10):
@@ -814,7 +814,7 @@ def test_a_closed_stream_is_freed_though_its_room_lives_on() -> None:
     assert living() == before
 
 
-def test_everything_is_freed_after_a_load_of_callers_that_leave_expire_or_stay(threads: ThreadPoolExecutor) -> None:
+def test_everything_is_freed_after_callers_leave_expire_or_stay_under_load(threads: ThreadPoolExecutor) -> None:
     def call_and_end_somehow(room: WaitingRoom, name: int) -> None:
         chance = random.Random(name)
         stream = room.open_stream()
