@@ -24,7 +24,7 @@ CAPACITY = 8192  # the default of max_queue_size, and a power of two
 
 
 class CoreRoom:
-    """The library's waiting room. A request's outcome is the time of `finish`, so that its waiter can tell the delay."""
+    """The library's waiting room. A request's outcome is the time of `finish`, so that its waiter knows the delay."""
 
     def __init__(self, threads: int) -> None:
         self._room = WaitingRoom(BATCH_SIZE, WINDOW_NS, max(BATCH_SIZE, threads))

@@ -366,8 +366,8 @@ cdef class WaitingRoom:
             raise ValueError(f"window_ns is {window_ns}; it must be from 0 to {MAX_WINDOW_NS}")
         if self._ring != NULL:
             raise RuntimeError("this WaitingRoom is already initialised")
-        # At least half of the slots are spare, so _close_gaps, which visits every slot, runs at most once per `capacity`
-        # pushes. A push then costs O(1) on average, even if the room is full and requests leave from its middle.
+        # At least half of the slots are spare. So _close_gaps, which visits every slot, runs at most once per `capacity`
+        # pushes, and a push costs O(1) on average even if the room is full and requests leave from its middle.
         cdef int64_t size = 2
         while size < 2 * capacity:
             size *= 2
