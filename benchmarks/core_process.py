@@ -1,25 +1,35 @@
-"""A process that drives the core alone, for rows/core_alone.py: threads push requests and wait, one takes batches."""
+"""A process that drives the core without gRPC, for rows/core_alone.py.
+
+`run`: threads push requests and wait, and one takes batches. `churn`: requests leave a full queue, and others come in.
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import lines
 
+<<<<<<< HEAD
 from grpc_batcher._core import WaitingRoom
 from grpc_batcher._cli.load import Job, Window, percentile, run
+=======
+from grpc_batcher._core import Stream, WaitingRoom
+from grpc_batcher._load import Job, Window, percentile, run
+>>>>>>> core
 
 BATCH_SIZE = 16
 WINDOW_NS = 5_000_000
+CAPACITY = 8192  # the default of max_queue_size, and a power of two
 
 
 class CoreRoom:
-    """The library's waiting room. What a request is finished with is the moment of that, so that a waiter can tell."""
+    """The library's waiting room. A request's outcome is the time of `finish`, so that its waiter knows the delay."""
 
     def __init__(self, threads: int) -> None:
         self._room = WaitingRoom(BATCH_SIZE, WINDOW_NS, max(BATCH_SIZE, threads))
@@ -55,7 +65,7 @@ class CoreRoom:
 
 
 class QueueRoom:
-    """The same of Python's own parts: a queue in, a lock for each caller out. It takes what is there."""
+    """The same built from Python's own parts: one queue, and one lock per caller. The taker takes what is there."""
 
     def __init__(self, threads: int) -> None:
         self._queue: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
@@ -128,13 +138,53 @@ def drive(room: CoreRoom | QueueRoom, threads: int, window: Window) -> dict[str,
     }
 
 
+def churn(kept: int, window: Window) -> dict[str, Any]:
+    """Measure replacing a request of a full queue: one stream leaves, and a new one pushes. One thread, no taker.
+
+    kept: how many of the oldest requests stay where they are, so that each one that leaves has them before it.
+    """
+    room = WaitingRoom(BATCH_SIZE, WINDOW_NS, CAPACITY)
+
+    def push() -> Stream:
+        stream = room.open_stream()
+        stream.push(None)
+        return stream
+
+    streams = deque(push() for _ in range(CAPACITY))
+    for _ in range(kept):
+        streams.popleft()  # the room keeps it
+    latencies_ns: list[int] = []
+    begin_ns = time.monotonic_ns()
+    while begin_ns < window.until_ns:
+        streams.popleft().close()
+        streams.append(push())
+        end_ns = time.monotonic_ns()
+        if window.from_ns <= end_ns < window.until_ns:
+            latencies_ns.append(end_ns - begin_ns)
+        begin_ns = end_ns
+    problems = []
+    if room.waiting != CAPACITY:
+        problems.append(f"{room.waiting} of {CAPACITY} requests were waiting in the end")
+    room.abandon()
+    latencies_ns.sort()
+    return {
+        "problems": problems,
+        "requests_per_s": len(latencies_ns) / window.length_s,
+        "p50_ms": percentile(latencies_ns, 50) / 1e6,
+        "p99_ms": percentile(latencies_ns, 99) / 1e6,
+    }
+
+
 def main() -> None:
     lines.say()
     rooms: dict[str, Callable[[int], CoreRoom | QueueRoom]] = {"core": CoreRoom, "queue": QueueRoom}
     for command in lines.commands():
-        threads = command["threads"]
         window = Window(command["start_ns"], command["from_ns"], command["until_ns"])
-        lines.say(**drive(rooms[command["room"]](threads), threads, window))
+        if command["do"] == "churn":
+            lines.say(**churn(command["kept"], window))
+        else:
+            threads = command["threads"]
+            lines.say(**drive(rooms[command["room"]](threads), threads, window))
 
 
 if __name__ == "__main__":
