@@ -15,13 +15,8 @@ from typing import Any
 
 import lines
 
-<<<<<<< HEAD
-from grpc_batcher._core import WaitingRoom
 from grpc_batcher._cli.load import Job, Window, percentile, run
-=======
 from grpc_batcher._core import Stream, WaitingRoom
-from grpc_batcher._load import Job, Window, percentile, run
->>>>>>> core
 
 BATCH_SIZE = 16
 WINDOW_NS = 5_000_000
