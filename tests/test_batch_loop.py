@@ -27,15 +27,18 @@ def failing_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_outside_the_callback_ends_the_server_for_all_to_see(caplog: pytest.LogCaptureFixture) -> None:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with serving(batch_size=2, batch_timeout_s=60, health=True) as batcher:
-        with grpc.insecure_channel(f"127.0.0.1:{batcher.port}") as channel, connect(batcher) as client:
-            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-            requests = [in_background(client.send_request, b"%d" % each) for each in range(2)]
-            assert {error_of(request.result).code() for request in requests} == {grpc.StatusCode.UNAVAILABLE}
-            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-            eventually(lambda: not batcher.is_server_ready())
-            assert error_of(client.send_request, b"later").code() is grpc.StatusCode.UNAVAILABLE
+    with (
+        serving(batch_size=2, batch_timeout_s=60, health=True) as batcher,
+        grpc.insecure_channel(f"127.0.0.1:{batcher.port}") as channel,
+        connect(batcher) as client,
+    ):
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        requests = [in_background(client.send_request, b"%d" % each) for each in range(2)]
+        assert {error_of(request.result).code() for request in requests} == {grpc.StatusCode.UNAVAILABLE}
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        eventually(lambda: not batcher.is_server_ready())
+        assert error_of(client.send_request, b"later").code() is grpc.StatusCode.UNAVAILABLE
     (record,) = [record for record in caplog.records if record.levelno == logging.CRITICAL]
     assert record.exc_info is not None
     assert "no memory left" in str(record.exc_info[1])
