@@ -105,7 +105,7 @@ class LifeCycle:
                 raise RuntimeError("this batcher was shut down; create another")
             if self._server is not None:
                 raise RuntimeError("this batcher was already started")
-            _process.check_and_mark_grpc_used()
+            _process.prepare_to_use_grpc()
             server = grpc.server(
                 self._threads, handlers=(self._service,), interceptors=self._interceptors, options=self._options
             )
