@@ -341,7 +341,7 @@ cdef class WaitingRoom:
     cdef int64_t _waiting                  # tickets in the ring
     cdef int64_t _waiting_bytes            # their size_bytes, added up
     cdef int64_t _first_timers             # tickets in the ring whose stream was never answered
-    cdef int64_t _recent                   # open streams answered within the last second
+    cdef int64_t _recent                   # open streams answered within the last second; 0 unless leave_early
     cdef int64_t _recent_waiting           # recent streams with a ticket in the ring
     cdef stream_t *_oldest_answer          # the list of recent streams, in the order of their answers
     cdef stream_t *_newest_answer
@@ -366,8 +366,8 @@ cdef class WaitingRoom:
             raise ValueError(f"window_ns is {window_ns}; it must be from 0 to {MAX_WINDOW_NS}")
         if self._ring != NULL:
             raise RuntimeError("this WaitingRoom is already initialised")
-        # At least half of the slots are spare. So _close_gaps, which visits every slot, runs at most once per `capacity`
-        # pushes, and a push costs O(1) on average even if the room is full and requests leave from its middle.
+        # Half of the slots or more are spare, so _close_gaps, which visits every slot, runs at most once per `capacity`
+        # pushes. A push then costs O(1) on average, even if requests leave from the middle of a full room.
         cdef int64_t size = 2
         while size < 2 * capacity:
             size *= 2
@@ -870,7 +870,7 @@ cdef class WaitingRoom:
 
     cdef void _remember_answer(self, stream_t *stream, int64_t now_ns) noexcept nogil:
         stream.was_answered = True
-        if not stream.is_open:
+        if not (stream.is_open and self.leave_early):
             return
         self._forget_answer(stream)
         stream.is_recent = True
