@@ -27,9 +27,10 @@ test-gears: $(VENV)/installed-test
 		GRPC_BATCHER_GEAR=$$gears $(BIN)/pytest -q -n $(TEST_PROCESSES) $(OVER_SOCKETS) || exit 1; \
 	done
 
-# The tests with the oldest and the newest grpcio, protobuf and numpy, on each Python here.
-matrix:
-	$(PYTHON) scripts/test_matrix.py
+# The tests beside the oldest and the newest releases, on each Python here: rows and tests by name, or all of them.
+matrix: $(VENV)/installed-matrix
+	$(BIN)/nox $(if $(MATRIX_ROWS),--error-on-missing-interpreters --sessions $(MATRIX_ROWS:%="tests(%)")) $(MATRIX_OPTIONS) \
+		-- $(MATRIX_TESTS:%=tests/test_%.py)
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/run.py $(BENCH_OPTIONS)
@@ -94,10 +95,10 @@ $(VENV)/installed-%: $(SOURCES) | $(VENV)/bin/python
 	$(BIN)/pip install --quiet ".[$*]"
 	touch $@
 
-# The tools alone: without a compiler, and without our package.
-$(VENV)/installed-dist: pyproject.toml | $(VENV)/bin/python
+# Only the tools: without a compiler, and without our package.
+$(VENV)/installed-dist $(VENV)/installed-matrix: $(VENV)/installed-%: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install --quiet "pip>=25.1"
-	$(BIN)/pip install --quiet --group dist
+	$(BIN)/pip install --quiet --group $*
 	touch $@
 
 # The generator fixes the oldest protobuf that loads its output (see the dependencies in pyproject.toml).

@@ -25,13 +25,48 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from pythons import ROOT, example_runs, found_pythons, make_environment, missing_pythons, run, test_files
-
+ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
+SUPPORTED = ("3.10", "3.11", "3.12", "3.13", "3.14")
+NEWER = tuple(f"3.{minor}" for minor in range(15, 30))  # taken along where they are here
 GLIBC = "2.17"  # what grpcio's own wheels ask for
 NEWEST_GLIBC_MINOR = 31  # Ubuntu 20.04's: no wheel may ask for a newer one
 TARGETS = "x86_64 aarch64"
 TESTS = "core wire outcomes client"
+
+
+def found_pythons(wanted: str) -> list[str]:
+    """Return the Pythons on PATH of the wanted versions, such as "3.10 3.13", oldest first; "" for all that are here.
+
+    Exits if a wanted one is missing, or if there is none.
+    """
+    versions = wanted.split() or (*SUPPORTED, *NEWER)
+    there = [f"python{version}" for version in versions if _runs(f"python{version}")]
+    if wanted and len(there) < len(versions):
+        sys.exit(f"of the Pythons {wanted} only these run here: {' '.join(there) or 'none'}")
+    if not there:
+        sys.exit(f"none of the Pythons {' '.join(SUPPORTED)} is on PATH as python3.N")
+    return there
+
+
+def _runs(python: str) -> bool:
+    # A shim of pyenv's is there for Pythons that are installed but not chosen, and fails.
+    return shutil.which(python) is not None and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
+
+
+def make_environment(python: str, folder: Path) -> Path:
+    """Make a clean environment, and return its Python."""
+    run(python, "-m", "venv", "--clear", folder)
+    return folder / "bin" / "python"
+
+
+def run(*command: str | Path, folder: Path | None = None, environment: dict[str, str] | None = None) -> None:
+    """Run a command, and exit if it fails."""
+    words = [str(word) for word in command]
+    print("+", *words, flush=True)
+    status = subprocess.run(words, cwd=folder, env={**os.environ, **(environment or {})}).returncode
+    if status != 0:
+        sys.exit(f"status {status} from: {' '.join(words)}")
 
 
 def build_sdist() -> Path:
@@ -115,9 +150,8 @@ def try_bare(python: str, wheel: Path, work: Path) -> None:
     there = make_environment(python, work / f"bare-{Path(python).name}")
     bare = without_compiler(work)
     run(there, "-m", "pip", "install", "--quiet", wheel, environment=bare)
-    no_numpy = "import importlib.util; assert importlib.util.find_spec('numpy') is None"
-    if not example_runs(there, work, before=no_numpy, environment=bare):
-        sys.exit(f"README's first example does not run where {wheel.name} is installed by itself")
+    run(there, "-c", "import importlib.util; assert importlib.util.find_spec('numpy') is None")
+    run(there, ROOT / "scripts" / "first_example.py", folder=work, environment=bare)
 
 
 def test_wheel(python: str, wheel: Path, tree: Path, tests: str, work: Path) -> None:
@@ -125,7 +159,8 @@ def test_wheel(python: str, wheel: Path, tree: Path, tests: str, work: Path) -> 
     there = make_environment(python, work / f"test-{Path(python).name}")
     bare = without_compiler(work)
     run(there, "-m", "pip", "install", "--quiet", f"{wheel}[test]", environment=bare)
-    run(there.with_name("pytest"), "-q", *test_files(tests), folder=tree, environment=bare)
+    files = ["tests"] if tests == "all" else [f"tests/test_{name}.py" for name in tests.split()]
+    run(there.with_name("pytest"), "-q", *files, folder=tree, environment=bare)
 
 
 def check_sdist_builds_offline(python: str, sdist: Path, work: Path) -> None:
@@ -169,8 +204,8 @@ def main() -> None:
                 outcomes.append((wheel.name, outcome))
     width = max(len(name) for name, _ in outcomes)
     print(f"\nIn {DIST}:", *(f"{name:<{width}}  {outcome}" for name, outcome in outcomes), sep="\n")
-    if missing := missing_pythons(pythons):
-        print(missing)
+    if missing := [f"python{version}" for version in SUPPORTED if f"python{version}" not in pythons]:
+        print(f"LEFT OUT, because they are not on PATH or were not asked for: {' '.join(missing)}")
 
 
 if __name__ == "__main__":
