@@ -18,7 +18,7 @@ import lines
 from answers import TAG_BYTES
 from callers import Connection, connect
 
-from grpc_batcher._load import Job, Outcome, Send, Window, run
+from grpc_batcher._cli.load import Job, Outcome, Send, Window, run
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import grpc
 from answers import KEY, answer_to
 
 from grpc_batcher import MukoeBatcherClient
-from grpc_batcher._load import Send
+from grpc_batcher._cli.load import Send
 
 METHOD = "/mukoe_batcher.MukoeService/ProcessRequest"
 

@@ -12,7 +12,7 @@ from typing import Any
 import lines
 
 from grpc_batcher._core import WaitingRoom
-from grpc_batcher._load import Job, Window, percentile, run
+from grpc_batcher._cli.load import Job, Window, percentile, run
 
 BATCH_SIZE = 16
 WINDOW_NS = 5_000_000

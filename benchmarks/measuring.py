@@ -9,7 +9,7 @@ from typing import Any
 
 from processes import Child, sleep_until
 
-from grpc_batcher._load import Window, percentile
+from grpc_batcher._cli.load import Window, percentile
 
 _OPENING_LIMIT_S = 30.0
 

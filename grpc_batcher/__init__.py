@@ -9,10 +9,10 @@ except ImportError as error:
         "tree, and import it from another folder; or `pip install -e .` to work on the tree itself."
     ) from error
 
-from ._batcher import MukoeBatcher, create_batcher
-from ._client import MukoeBatcherClient
+from ._server.batcher import MukoeBatcher, create_batcher
+from ._client.client import MukoeBatcherClient
 from ._errors import BatcherError, BindError, RequestError
-from ._metrics import Histogram, Metrics, Percentiles
+from ._server.metrics import Histogram, Metrics, Percentiles
 from ._version import __version__
 
 __all__ = [

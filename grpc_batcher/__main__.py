@@ -13,7 +13,7 @@ def main() -> NoReturn:
     except ImportError:
         print('grpc-batcher: the command line needs click: pip install "grpc-batcher[cli]"', file=sys.stderr)
         sys.exit(2)
-    from ._cli import run
+    from ._cli.command import run
 
     sys.exit(run(sys.argv[1:]))
 

@@ -17,8 +17,8 @@ except ImportError as error:
         'pip install "grpc-batcher[prometheus]"'
     ) from error
 
-from ._batcher import MukoeBatcher
-from ._metrics import Histogram
+from ._server.batcher import MukoeBatcher
+from ._server.metrics import Histogram
 
 __all__ = ["BatcherCollector"]
 

@@ -24,7 +24,8 @@ from serving import (
     start_program,
 )
 
-from grpc_batcher import BindError, MukoeBatcher, MukoeBatcherClient, _pool, create_batcher
+from grpc_batcher import BindError, MukoeBatcher, MukoeBatcherClient, create_batcher
+from grpc_batcher._client import stream_pool as _pool
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from serving import answer, connect, echo, error_of, eventually, in_background, serving
 
-from grpc_batcher._callback import Failure, outcomes_of
-from grpc_batcher._delivery import Delivery
+from grpc_batcher._server.callback import Failure, outcomes_of
+from grpc_batcher._server.delivery import Delivery
 from grpc_batcher._models import Answer
 
 

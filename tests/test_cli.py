@@ -38,8 +38,9 @@ from serving import (
     start_program,
 )
 
-from grpc_batcher import MukoeBatcherClient, _cli, create_batcher
-from grpc_batcher._cli_report import Point, knee
+from grpc_batcher import MukoeBatcherClient, create_batcher
+from grpc_batcher._cli import command as _cli
+from grpc_batcher._cli.report import Point, knee
 
 SERVE = ("--batch-size", "4", "--batch-timeout-s", "0", "--host", "127.0.0.1", "--port", "0")
 REPR = ("functions:echo", "--model", "repr", *SERVE)
@@ -281,7 +282,7 @@ ERRORS = [
 RUN_ALL = """\
 import json, sys
 
-from grpc_batcher import _cli
+from grpc_batcher._cli import command as _cli
 
 sys.stderr.reconfigure(line_buffering=True)
 for arguments in json.load(sys.stdin):

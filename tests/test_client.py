@@ -33,8 +33,9 @@ from serving import (
     waiting,
 )
 
-from grpc_batcher import MukoeBatcherClient, _pool
-from grpc_batcher._service import TAKEN_IN_KEY
+from grpc_batcher import MukoeBatcherClient
+from grpc_batcher._client import stream_pool as _pool
+from grpc_batcher._server.session import TAKEN_IN_KEY
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 

@@ -29,9 +29,11 @@ from serving import (
     start_program,
 )
 
-from grpc_batcher import MukoeBatcherClient, RequestError, _direct, _gears
+from grpc_batcher import MukoeBatcherClient, RequestError
+from grpc_batcher._transport import direct as _direct
+from grpc_batcher._transport import choice as _gears
 from grpc_batcher._models import MODELS
-from grpc_batcher._service import Session
+from grpc_batcher._server.session import Session
 
 REQUEST_PROGRAM = """
     import logging
@@ -208,17 +210,17 @@ def test_where_grpcios_classes_are_made_otherwise_the_public_gear_serves(tmp_pat
         """,
         # or takes another argument, which shows itself in the polling thread only.
         """
-    import grpc_batcher._direct
+    import grpc_batcher._transport.direct
     def changed(state, token, *, why): raise AssertionError
-    grpc_batcher._direct._possibly_finish_call = changed
+    grpc_batcher._transport.direct._possibly_finish_call = changed
         """,
         # An operation takes other parameters.
         """
     import types
-    import grpc_batcher._direct
-    changed = types.SimpleNamespace(**vars(grpc_batcher._direct.cygrpc))
+    import grpc_batcher._transport.direct
+    changed = types.SimpleNamespace(**vars(grpc_batcher._transport.direct.cygrpc))
     changed.SendMessageOperation = lambda message: None
-    grpc_batcher._direct.cygrpc = changed
+    grpc_batcher._transport.direct.cygrpc = changed
         """,
         # The channel beneath a channel has another name.
         """

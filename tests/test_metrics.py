@@ -12,7 +12,7 @@ import pytest
 from serving import Held, connect, in_background, in_callback, run_program, serving, waiting
 
 from grpc_batcher import Histogram, Percentiles
-from grpc_batcher._metrics import PERCENTILE_WINDOW, Recorder
+from grpc_batcher._server.metrics import PERCENTILE_WINDOW, Recorder
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "metrics.md").read_text()
 

@@ -21,7 +21,9 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorP
 from serving import echo, eventually, finish_program, run_program, start_program
 
 import grpc_batcher
-from grpc_batcher import Metrics, MukoeBatcher, MukoeBatcherClient, _batcher, _client, _core, create_batcher
+from grpc_batcher import Metrics, MukoeBatcher, MukoeBatcherClient, _core, create_batcher
+from grpc_batcher._server import batcher as _batcher
+from grpc_batcher._client import client as _client
 from grpc_batcher._proto import mukoe_batcher_pb2
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,9 +10,9 @@ import grpc
 import pytest
 
 from grpc_batcher import _core
-from grpc_batcher._metrics import Recorder
+from grpc_batcher._server.metrics import Recorder
 from grpc_batcher._models import MODELS, Answer, read_answer
-from grpc_batcher._service import Service, Session, StreamEnd
+from grpc_batcher._server.session import Service, Session, StreamEnd
 
 REQUEST = MODELS["repr"].write_request({"data": b"hi"})
 NO_DEADLINE = SimpleNamespace(time_remaining=lambda: None)

@@ -28,7 +28,7 @@ from serving import (
 )
 
 from grpc_batcher import MukoeBatcher, MukoeBatcherClient
-from grpc_batcher._standard_services import StandardServices
+from grpc_batcher._server.standard_services import StandardServices
 
 SERVICE = "mukoe_batcher.MukoeService"
 NAMES = ("", SERVICE)

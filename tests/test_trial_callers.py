@@ -16,7 +16,7 @@ import pytest
 from accounting import LENGTH, Ledger, ask_until_killed, asking, name_in, start_process, wait_for_answers
 from serving import Held, address_of, connect, eventually, in_background, open_files, resident_bytes, serving
 
-from grpc_batcher._service import Session
+from grpc_batcher._server.session import Session
 
 KILLED_AT_ONCE, KILLED_IN_ALL, THEIR_BYTES = 20, 200 * LENGTH, 200_000
 

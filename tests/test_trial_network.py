@@ -30,7 +30,7 @@ from serving import (
     start_program,
 )
 
-from grpc_batcher import _batcher
+from grpc_batcher._server import batcher as _batcher
 
 # What each program does first: it moves to its host.
 _ON_HOST = """
@@ -48,7 +48,8 @@ SERVER_PROGRAM = (
     + """
     import threading
 
-    from grpc_batcher import _batcher, create_batcher
+    from grpc_batcher import create_batcher
+    from grpc_batcher._server import batcher as _batcher
 
     _batcher._KEEPALIVE_INTERVAL_MS = _batcher._KEEPALIVE_TIMEOUT_MS = int(sys.argv[2])
     _batcher._LEAST_CALLERS_INTERVAL_MS = 50

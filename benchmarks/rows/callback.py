@@ -11,7 +11,7 @@ from processes import Child
 from row import Bench, Cell, Row, shared
 from systems import DIRECT, PUBLIC, batcher
 
-from grpc_batcher._load import percentile
+from grpc_batcher._cli.load import percentile
 
 TITLE = "a callback of pure Python, about 1 ms: alone, and with 64 callers"
 

@@ -11,7 +11,7 @@ from processes import Child
 from row import Bench, Cell, Row, shared
 from systems import DIRECT, PUBLIC, batcher
 
-from grpc_batcher._load import percentile
+from grpc_batcher._cli.load import percentile
 
 TITLE = "from one callback's end to the next: 64 callers, 2 ms without the GIL"
 

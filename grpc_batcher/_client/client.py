@@ -13,12 +13,12 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from . import _gears
-from ._errors import RequestError
-from ._metadata import fault_of
-from ._models import read_answer, write_request
-from ._pool import Loan, StreamPool
-from ._service import METHOD, TAKEN_IN_KEY
+from .._transport import choice as _gears
+from .._errors import RequestError
+from .._contract import fault_of
+from .._models import read_answer, write_request
+from .._client.stream_pool import Loan, StreamPool
+from .._server.session import METHOD, TAKEN_IN_KEY
 
 _logger = logging.getLogger("grpc_batcher")
 

@@ -13,8 +13,10 @@ from typing import Any, Protocol
 
 import grpc
 
-from . import _direct, _forks, _public
-from ._service import Session
+from .._transport import direct as _direct
+from .. import _process as _forks
+from .._transport import public as _public
+from .._server.session import Session
 
 _logger = logging.getLogger("grpc_batcher")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import grpc
 
-from ._errors import BindError
-from ._threads import DaemonThreadPool
+from .._errors import BindError
+from .._server.threads import DaemonThreadPool
 
 
 def address_of(host: str, port: int) -> str:

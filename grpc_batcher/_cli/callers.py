@@ -12,9 +12,9 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 
-from ._cli_options import Failure, Security
-from ._client import MukoeBatcherClient
-from ._load import Job, Outcome, Window, run
+from .._cli.options import Failure, Security
+from .._client.client import MukoeBatcherClient
+from .._cli.load import Job, Outcome, Window, run
 
 # From the order to ask until callers begin: for the order to reach all processes.
 _LEAD_S = 0.1

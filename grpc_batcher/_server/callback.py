@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ._models import Answer, BadResultError, check_result
+from .._models import Answer, BadResultError, check_result
 
 _logger = logging.getLogger("grpc_batcher")
 

@@ -12,9 +12,9 @@ from typing import Protocol
 
 import grpc
 
-from . import _core
-from ._metrics import Recorder
-from ._models import Answer, BadRequestError, Model, write_answer
+from .. import _core
+from .._server.metrics import Recorder
+from .._models import Answer, BadRequestError, Model, write_answer
 
 SERVICE_NAME = "mukoe_batcher.MukoeService"
 METHOD = f"/{SERVICE_NAME}/ProcessRequest"

@@ -12,8 +12,8 @@ from typing import Any
 
 import grpc
 
-from . import _forks
-from ._gears import ClientStream, open_stream
+from .. import _process as _forks
+from .._transport.choice import ClientStream, open_stream
 
 # A stream that nobody borrowed for so long is closed.
 IDLE_NS = 60 * 1_000_000_000

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 import grpc
 
-from ._metadata import fault_of
+from .._contract import fault_of
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

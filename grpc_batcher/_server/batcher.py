@@ -16,15 +16,17 @@ from typing import Any
 
 import grpc
 
-from . import _core, _forks, _gears
-from ._callback import Failure, outcomes_of
-from ._delivery import Delivery
-from ._listening import address_of, is_local, listen
-from ._metrics import Metrics, Recorder, summary
-from ._models import MODELS, Model
-from ._service import Service
-from ._standard_services import StandardServices
-from ._threads import DaemonThreadPool
+from .. import _core
+from .. import _process as _forks
+from .._transport import choice as _gears
+from .._server.callback import Failure, outcomes_of
+from .._server.delivery import Delivery
+from .._server.listening import address_of, is_local, listen
+from .._server.metrics import Metrics, Recorder, summary
+from .._models import MODELS, Model
+from .._server.session import Service
+from .._server.standard_services import StandardServices
+from .._server.threads import DaemonThreadPool
 
 _logger = logging.getLogger("grpc_batcher")
 

@@ -43,9 +43,9 @@ from typing import Any
 
 import grpc
 
-from . import _public
-from ._core import Ticket
-from ._service import Session, StreamEnd, set_status
+from .._transport import public as _public
+from .._core import Ticket
+from .._server.session import Session, StreamEnd, set_status
 
 _logger = logging.getLogger("grpc_batcher")
 

@@ -7,7 +7,7 @@ import queue
 import threading
 from contextlib import suppress
 
-from . import _core
+from .. import _core
 
 _logger = logging.getLogger("grpc_batcher")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from ._service import Session, StreamEnd, set_status
+from .._server.session import Session, StreamEnd, set_status
 
 
 def stream_handler(open_session: Callable[[grpc.ServicerContext], Session]) -> grpc.RpcMethodHandler:

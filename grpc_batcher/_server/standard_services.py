@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from ._service import SERVICE_NAME
+from .._server.session import SERVICE_NAME
 
 # gRPC's health checking protocol: this name stands for the whole server.
 _WHOLE_SERVER = ""

@@ -8,7 +8,7 @@ from typing import Any
 import click
 import grpc
 
-from ._cli_options import (
+from .._cli.options import (
     Failure,
     check_has_port,
     metadata_option,

@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from ._cli_callers import Callers, Question
-from ._cli_options import (
+from .._cli.callers import Callers, Question
+from .._cli.options import (
     FILE,
     NEW_FILE,
     Failure,
@@ -25,9 +25,9 @@ from ._cli_options import (
     security_options,
     unresolved,
 )
-from ._cli_report import KNEE_RULE, TABLE_HEAD, Point, check_picture, draw, knee, remarks
-from ._errors import RequestError
-from ._version import __version__
+from .._cli.report import KNEE_RULE, TABLE_HEAD, Point, check_picture, draw, knee, remarks
+from .._errors import RequestError
+from .._version import __version__
 
 
 def _counts(text: str) -> list[int]:

@@ -19,10 +19,10 @@ from typing import Any
 import click
 import grpc
 
-from ._batcher import MukoeBatcher, create_batcher
-from ._cli_options import FILE, Failure, read_certificates, read_pair, seconds
-from ._errors import BindError
-from ._models import MODELS
+from .._server.batcher import MukoeBatcher, create_batcher
+from .._cli.options import FILE, Failure, read_certificates, read_pair, seconds
+from .._errors import BindError
+from .._models import MODELS
 
 _logger = logging.getLogger("grpc_batcher")
 
@@ -167,7 +167,7 @@ def _serve_metrics(batcher: MukoeBatcher, host: str, port: int) -> str:
     try:
         from prometheus_client import REGISTRY, start_http_server
 
-        from .prometheus import BatcherCollector
+        from ..prometheus import BatcherCollector
     except ImportError:
         raise Failure('--metrics-port needs prometheus-client: pip install "grpc-batcher[prometheus]"') from None
     if port and port == batcher.port:

@@ -14,10 +14,10 @@ from typing import Any
 
 import click
 
-from ._cli_bench import bench
-from ._cli_check import check
-from ._cli_serve import serve
-from ._version import __version__
+from .._cli.bench import bench
+from .._cli.check import check
+from .._cli.serve import serve
+from .._version import __version__
 
 _NAME = "grpc-batcher"
 

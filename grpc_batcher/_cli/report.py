@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._cli_callers import Asked
-from ._cli_options import Failure
-from ._load import percentile
+from .._cli.callers import Asked
+from .._cli.options import Failure
+from .._cli.load import percentile
 
 # The knee: the fewest callers that reach so much of the best throughput.
 KNEE_SHARE = 0.9
