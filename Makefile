@@ -29,7 +29,7 @@ test-gears: $(VENV)/installed-test
 
 # The tests beside the oldest and the newest releases, on each Python here: rows and tests by name, or all of them.
 matrix: $(VENV)/installed-matrix
-	$(BIN)/nox $(if $(MATRIX_ROWS),--error-on-missing-interpreters --sessions $(MATRIX_ROWS:%="tests(%)")) $(MATRIX_OPTIONS) \
+	$(BIN)/nox $(if $(MATRIX_ROWS),--error-on-missing-interpreters --sessions $(foreach row,$(MATRIX_ROWS),"tests($(row))")) \
 		-- $(MATRIX_TESTS:%=tests/test_%.py)
 
 bench: $(VENV)/installed-bench
