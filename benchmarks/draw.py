@@ -1,4 +1,4 @@
-"""Draws a run: `python draw.py results/full.json` draws it anew."""
+"""Draws a run from the JSON it wrote: `python draw.py results/full.json`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 # The systems, as the keys of the cells name them, each with its own colour in all panels.
 _SYSTEMS = {
-    "direct": ("direct gear", "C0"),
-    "public": ("public gear", "C1"),
+    "direct": ("direct transport", "C0"),
+    "public": ("public transport", "C1"),
     "grpcio-streams": ("plain grpcio, streams", "C2"),
     "grpcio-calls": ("plain grpcio, calls", "C3"),
     "cpp": ("C++ echo", "C7"),
