@@ -78,7 +78,7 @@ def tests(session: nox.Session, pins: list[str], forced: str | None, beside: tup
     session.install("--only-binary", ":all:", ".[test]", *pins)
     if forced:
         session.install("--only-binary", ":all:", "--no-deps", forced)
-    session.run("python", "-c", VERSIONS)
+    session.run("python", "-I", "-c", VERSIONS, log=False)  # -I: the installed package, not the tree
     if beside:
         session.run("python", "scripts/first_example.py", *beside)
     session.run("pytest", "-q", "-n", "4", "-p", "no:cacheprovider", *KNOWN_WARNINGS, *(session.posargs or ["tests"]))
