@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from typing import Any
 
-import lines
-
+from grpc_batcher._cli import load
+from grpc_batcher._cli.load import Job, Window, percentile
+from grpc_batcher._cli.workers import obey
 from grpc_batcher._core import WaitingRoom
-from grpc_batcher._cli.load import Job, Window, percentile, run
 
 BATCH_SIZE = 16
 WINDOW_NS = 5_000_000
@@ -106,7 +107,7 @@ def drive(room: CoreRoom | QueueRoom, threads: int, window: Window) -> dict[str,
     taker = threading.Thread(target=room.serve)
     taker.start()
     jobs = [[Job(request, request) for request in (2 * number, 2 * number + 1)] for number in range(threads)]
-    outcome = run([room.sender(number) for number in range(threads)], jobs, window)
+    outcome = load.run([room.sender(number) for number in range(threads)], jobs, window)
     room.close()
     taker.join()
     problems = []
@@ -128,14 +129,14 @@ def drive(room: CoreRoom | QueueRoom, threads: int, window: Window) -> dict[str,
     }
 
 
-def main() -> None:
-    lines.say()
-    rooms: dict[str, Callable[[int], CoreRoom | QueueRoom]] = {"core": CoreRoom, "queue": QueueRoom}
-    for command in lines.commands():
-        threads = command["threads"]
-        window = Window(command["start_ns"], command["from_ns"], command["until_ns"])
-        lines.say(**drive(rooms[command["room"]](threads), threads, window))
+ROOMS: dict[str, Callable[[int], CoreRoom | QueueRoom]] = {"core": CoreRoom, "queue": QueueRoom}
 
 
-if __name__ == "__main__":
-    main()
+def run(pipe: Connection) -> None:
+    """The process."""
+
+    def run_threads(room: str, threads: int, start_ns: int, from_ns: int, until_ns: int) -> dict[str, Any]:
+        return drive(ROOMS[room](threads), threads, Window(start_ns, from_ns, until_ns))
+
+    pipe.send(None)
+    obey(pipe, {"run": run_threads})

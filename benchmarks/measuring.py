@@ -9,7 +9,7 @@ from typing import Any
 
 from processes import Child, sleep_until
 
-from grpc_batcher._cli.load import Window, percentile
+from grpc_batcher._cli.load import Outcome, Window, percentile
 
 _OPENING_LIMIT_S = 30.0
 
@@ -29,10 +29,10 @@ class Sample:
 
     def notes(self, server: Child) -> list[tuple[int, int, int]]:
         """Return when the callback ran in the window: begin, end and CPU time of each, in nanoseconds."""
-        notes = server.ask(do="notes")["notes"]
+        notes = server.ask("notes")
         if self.window is None:
-            return [tuple(note) for note in notes]
-        return [tuple(note) for note in notes if self.window.from_ns <= note[0] and note[1] < self.window.until_ns]
+            return notes
+        return [note for note in notes if self.window.from_ns <= note[0] and note[1] < self.window.until_ns]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def measure(
     from_ns = start_ns + int(warm_s * 1e9)
     window = Window(start_ns, from_ns, from_ns + int(window_s * 1e9))
     for group in groups:
-        group.child.tell(do="run", pause_s=group.pause_s, start_ns=start_ns, from_ns=from_ns, until_ns=window.until_ns)
+        group.child.tell("run", window, group.pause_s)
     server_cpu, callers_cpu = _cores_used(window, [[server], [group.child for group in groups if group.counted]])
     sample = _collect(groups, window, everyone=everyone)
     if not sample.values:
@@ -101,15 +101,15 @@ def open_streams(server: Child, groups: Sequence[Group]) -> None:
     """Have all callers ask once while the server holds back its answers, so that they need a stream each."""
     groups = [group for group in groups if group.callers]
     wanted = sum(group.callers for group in groups)
-    server.ask(do="hold")
+    server.ask("hold")
     _prepare(groups, 64)
     now_ns = time.monotonic_ns()
-    until_ns = now_ns + int(_OPENING_LIMIT_S * 1e9)
+    window = Window(now_ns, now_ns, now_ns + int(_OPENING_LIMIT_S * 1e9))
     for group in groups:
-        group.child.tell(do="run", pause_s=0, start_ns=now_ns, from_ns=now_ns, until_ns=until_ns, most_requests=1)
-    while server.ask(do="counts")["open_streams"] < wanted and time.monotonic_ns() < until_ns:
+        group.child.tell("run", window, most_requests=1)
+    while server.ask("counts")["open_streams"] < wanted and time.monotonic_ns() < window.until_ns:
         time.sleep(0.01)
-    server.ask(do="release")
+    server.ask("release")
     for group in groups:
         group.child.answer()
 
@@ -118,7 +118,7 @@ def _prepare(groups: Sequence[Group], payload_bytes: int) -> None:
     """Have all processes make their payloads and connections, and wait until they have."""
     first = 0
     for group in groups:
-        group.child.tell(do="prepare", callers=group.callers, first=first, payload_bytes=payload_bytes)
+        group.child.tell("prepare", group.callers, first, payload_bytes)
         first += group.callers
     for group in groups:
         group.child.answer()
@@ -145,21 +145,21 @@ def _collect(groups: Sequence[Group], window: Window, *, everyone: bool) -> Samp
     sample = Sample({}, window=window)
     latencies_ns: list[int] = []
     answers: list[int] = []
-    cold = wrong = 0
+    everybody = Outcome()
     for group in groups:
-        outcome = group.child.answer()
-        cold += group.callers - outcome["warm"]
-        wrong += outcome["wrong"]
-        if outcome["gear"] != group.child.ready["gear"]:
-            sample.problems.append(f"the callers' gear is now {outcome['gear']}")
-        if outcome["errors"]:
-            sample.problems.append(f"failed requests: {outcome['errors']}")
+        outcome, gear = group.child.answer()
+        everybody.add(outcome)
+        if gear != group.child.ready["gear"]:
+            sample.problems.append(f"the callers' gear is now {gear}")
         if group.counted:
-            latencies_ns += outcome["latencies_ns"]
-            answers += outcome["answers"]
+            latencies_ns += outcome.latencies_ns
+            answers += outcome.answers
+    if everybody.errors:
+        sample.problems.append(f"failed requests: {dict(everybody.errors)}")
+    cold = sum(group.callers for group in groups) - everybody.warm
     silent = answers.count(0)
-    if wrong:
-        sample.problems.append(f"{wrong} wrong answers")
+    if everybody.wrong:
+        sample.problems.append(f"{everybody.wrong} wrong answers")
     if everyone and cold:
         sample.problems.append(f"{cold} callers had no answer while warming up")
     if everyone and silent:
@@ -176,4 +176,4 @@ def _collect(groups: Sequence[Group], window: Window, *, everyone: bool) -> Samp
 
 def _counts(server: Child) -> dict[str, Any] | None:
     """What the server counted so far; None if it does not."""
-    return server.ask(do="counts") if server.ready.get("counts") else None
+    return server.ask("counts") if server.ready.get("counts") else None

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from measuring import Group, Sample
-from processes import Child, ChildError, stop_all
+from processes import Child
 from systems import SYSTEMS, System, Unavailable
+
+from grpc_batcher._cli.workers import WorkerError, stop_all
 
 K = TypeVar("K")
 
@@ -124,7 +126,7 @@ class Bench:
     def _noting(self, system: System) -> Iterator[None]:
         try:
             yield
-        except (Unavailable, ChildError) as error:
+        except (Unavailable, WorkerError) as error:
             self.not_run[system.title] = str(error)
 
 

@@ -19,10 +19,11 @@ import draw
 import machine
 import report
 from measuring import Sample
-from processes import HERE, ChildError
 from report import Measured
 from row import Bench, Row, Settings
 from rows import callback, core_alone, few_callers, idle, overlap, streams, throughput
+
+from grpc_batcher._cli.workers import WorkerError
 
 ROWS: dict[str, ModuleType] = {
     "throughput": throughput,
@@ -40,8 +41,9 @@ ORDER = ("throughput", "idle", "few_callers", "streams", "callback", "core_alone
 FULL = Settings(rounds=5, warm_s=0.3, window_s=1.0, idle_s=10, most_public_streams=1024)
 QUICK = Settings(rounds=1, warm_s=0.2, window_s=0.3, idle_s=2, most_public_streams=128)
 
+RESULTS = Path(__file__).parent / "results"
 
-# Of the machine, while it is measured.
+# How much of the machine others may use while it is measured.
 _MOST_OTHERS_PERCENT = 5
 
 
@@ -93,7 +95,7 @@ def measure_row(name: str, bench: Bench, progress: Progress) -> dict[str, Measur
                 progress.show(name, number, rounds, cell.title)
                 try:
                     samples[cell.key].append(cell.measure())
-                except ChildError as error:
+                except WorkerError as error:
                     broken.add(cell.system)
                     samples[cell.key].append(Sample({}, [str(error)]))
         return {cell.key: Measured(name, cell, samples[cell.key]) for cell in row.cells if samples[cell.key]}
@@ -120,7 +122,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help=f"how often each cell is measured (default {FULL.rounds})")
     parser.add_argument("--window-s", type=float, help=f"seconds of each measurement (default {FULL.window_s})")
     parser.add_argument("--rows", help=f"only these, with commas between: {','.join(ROWS)}")
-    parser.add_argument("--output", type=Path, default=HERE / "results", help="the folder for what is written")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "results", help="the folder for what is written"
+    )
     options = parser.parse_args(arguments)
     options.rows = options.rows.split(",") if options.rows else list(ROWS)
     if unknown := set(options.rows) - set(ROWS):
@@ -155,7 +159,7 @@ def main(arguments: Sequence[str]) -> int:
                     bench.release()
                 try:
                     results.update(measure_row(name, bench, progress))
-                except ChildError as error:
+                except WorkerError as error:
                     problems.append(f"row {name!r}: {error}")
     except KeyboardInterrupt:
         progress.clear()

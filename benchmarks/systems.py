@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import cpp_echo
 from answers import FILLER, KEY, TAG_BYTES
-from processes import Child, python
+from call import call
+from processes import Child, run_program
+from servers import batcher as batcher_server
+from servers import grpcio_echo as grpcio_server
 
 from grpc_batcher._proto.mukoe_batcher_pb2 import KeyValue, ModelResponse, MukoeResponse
 
@@ -25,24 +31,24 @@ class System:
     """A server and its callers.
 
     title: what the table calls it; README.md says more.
-    server: returns the command that starts the server. Raises Unavailable.
+    server: returns the function and the arguments of the server's process. Raises Unavailable.
     caller: a kind of callers.connect.
     gear: which of this library's gears both ends use; None where there is no choice.
     """
 
     title: str
-    server: Callable[[], list[str]]
+    server: Callable[[], tuple[Any, ...]]
     caller: str
     gear: str | None = None
 
     def spawn_server(self) -> Child:
         """Start a server, and do not wait until it is ready. Raises Unavailable."""
-        return Child(f"the server of {self.title!r}", self.server(), gear=self.gear)
+        return Child(f"the server of {self.title!r}", *self.server(), transport=self.gear)
 
     def spawn_callers(self, server: Child) -> Child:
         """Start a process of callers, and do not wait until it is ready."""
         address = f"127.0.0.1:{server.ready['port']}"
-        return Child(f"callers of {self.title!r}", python("call.py", self.caller, address), gear=self.gear)
+        return Child(f"callers of {self.title!r}", call, self.caller, address, transport=self.gear)
 
     def check_ready(self, child: Child) -> None:
         """Wait until a process is ready. Raises Unavailable if it does not use the gear that was meant."""
@@ -54,31 +60,32 @@ class System:
 def batcher(gear: str, callback: str = "answer", caller: str = "batcher") -> System:
     return System(
         f"{gear} gear",
-        lambda: python("servers/batcher.py", BATCH_SIZE, BATCH_TIMEOUT_S, callback),
+        lambda: (batcher_server.run, BATCH_SIZE, BATCH_TIMEOUT_S, callback),
         caller,
         gear,
     )
 
 
 def grpcio_echo(title: str, caller: str, threads: int) -> System:
-    return System(title, lambda: python("servers/grpcio_echo.py", threads), caller)
+    return System(title, lambda: (grpcio_server.run, threads), caller)
 
 
-def _cpp_echo() -> list[str]:
+def _cpp_echo() -> tuple[Any, ...]:
     # The answer's one value stands last in the message, and so does the value's tag.
     answer = ModelResponse(dictionary=[KeyValue(key=KEY, values=FILLER + bytes(TAG_BYTES))])
     reply = MukoeResponse(result=answer).SerializeToString()
     assert reply.endswith(bytes(TAG_BYTES))
     try:
-        return [str(cpp_echo.build()), reply.hex()]
+        return run_program, str(cpp_echo.build()), reply.hex()
     except cpp_echo.NotBuilt as error:
         raise Unavailable(str(error)) from None
 
 
-def _mosec() -> list[str]:
+def _mosec() -> tuple[Any, ...]:
     if importlib.util.find_spec("mosec") is None:
         raise Unavailable("mosec is not installed (pip install mosec)")
-    return python("servers/mosec_server.py", BATCH_SIZE, BATCH_TIMEOUT_S)
+    script = Path(__file__).parent / "servers" / "mosec_server.py"
+    return run_program, sys.executable, str(script), str(BATCH_SIZE), str(BATCH_TIMEOUT_S)
 
 
 DIRECT = "direct"

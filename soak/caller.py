@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import grpc
-from child import Faults, obey, set_up
+from child import Faults, obey
 from traffic import (
     COUNT_BITS,
     ENDS,
@@ -220,7 +220,7 @@ def _send_and_close(
 
 def call(pipe: Connection, number: int, targets: list[Target], load: Load, seed: str) -> None:
     """The process: its callers go on until it is told to stop."""
-    faults = set_up()
+    faults = Faults()
     callers = Callers(number, targets, load, seed, faults)
     pipe.send({})
     obey(pipe, faults, {"sample": callers.sample, "stop": callers.stop})

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import faulthandler
 import logging
-import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+from grpc_batcher._cli import workers
 
 # Records of the library that the load itself brings about.
 _EXPECTED_LOGS = ("the callback raised AskedForError", "shutdown after a grace of")
@@ -50,22 +50,16 @@ class Faults(logging.Handler):
 
 
 def obey(pipe: Connection, faults: Faults, commands: dict[str, Callable[..., dict[str, Any]]]) -> None:
-    """Do what run.py asks for, and tell it what came of it, until the command `stop` is done or run.py is gone.
+    """Do what run.py asks for, until the command `stop` is done or run.py is gone.
 
     Each answer has the faults since the last, and the memory blocks that Python's allocator has given out.
     """
-    while True:
-        try:
-            name, *arguments = pipe.recv()
-            answer = commands[name](*arguments)
-            pipe.send({"blocks": sys.getallocatedblocks(), "faults": faults.take(), **answer})
-        except (EOFError, OSError):
-            return
-        if name == "stop":
-            return
 
+    def wrapped(command: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def call(*arguments: Any) -> dict[str, Any]:
+            answer = command(*arguments)
+            return {"blocks": sys.getallocatedblocks(), "faults": faults.take(), **answer}
 
-def set_up() -> Faults:
-    faulthandler.enable()  # run.py ends a process that hangs with SIGABRT, which then writes every thread's stack
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for run.py, which stops all
-    return Faults()
+        return call
+
+    workers.obey(pipe, {name: wrapped(command) for name, command in commands.items()})

@@ -18,10 +18,12 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import verdict
 from caller import LOST_S, Load, Target, call
-from processes import Child, ChildError, Seen, spawning
+from processes import Child, Seen
 from relay import relay
 from server import serve
 from traffic import name_of
+
+from grpc_batcher._cli.workers import WorkerError, spawning
 
 MAX_FAULTS = 20
 
@@ -68,7 +70,7 @@ class Soak:
             self._start()
             self._loop()
             self._finish()
-        except ChildError as error:
+        except WorkerError as error:
             self.report(str(error))
         finally:
             for child in (*self._callers.values(), *self._servers.values()):

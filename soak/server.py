@@ -8,7 +8,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from child import Faults, obey, set_up
+from child import Faults, obey
 from traffic import MAX_MESSAGE_BYTES, REFUSED, AskedForError, Kind, answer_to, name_of, read_request, step_of
 
 from grpc_batcher import BindError, MukoeBatcher, create_batcher
@@ -54,7 +54,7 @@ class Callback:
 
 def serve(pipe: Connection, seen: Connection, model: str, port: int, seed: str) -> None:
     """The process: serves until it is told to stop. port: 0 for one of the system's choice."""
-    faults = set_up()
+    faults = Faults()
     batcher = _start(model, port, Callback(seen, faults, seed))
 
     def sample() -> dict[str, Any]:

@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from grpc_batcher._cli.load import percentile
+
 MAX_WARM_UP_S = 300.0
 
 # A run of so long has something to compare, or something is wrong with it. In a shorter one memory has not yet found
@@ -42,7 +44,7 @@ NO_LIMIT = Limit(math.inf, 0)
 
 # Of fewer in a part, which a run of under some minutes has, one pause of the machine decides: they are not judged.
 MIN_LATENCIES = 1000
-LATENCIES_MS = {"p50": (0.50, Limit(3, 5)), "p99": (0.99, Limit(5, 50))}
+LATENCIES_MS = {50: Limit(3, 5), 99: Limit(5, 50)}
 
 
 class Comparison(NamedTuple):
@@ -78,13 +80,10 @@ def compare_latency(series: Series, begin_s: float, end_s: float) -> list[Compar
     first, *_, last = parts(series, begin_s, end_s, 10)
     if not first or not last:
         return []
+    first.sort()
+    last.sort()
     enough = min(len(first), len(last)) >= MIN_LATENCIES
     return [
-        Comparison(name, percentile(first, share), percentile(last, share), limit if enough else NO_LIMIT)
-        for name, (share, limit) in LATENCIES_MS.items()
+        Comparison(f"p{each}", percentile(first, each), percentile(last, each), limit if enough else NO_LIMIT)
+        for each, limit in LATENCIES_MS.items()
     ]
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(int(len(ordered) * share), len(ordered) - 1)]

@@ -33,12 +33,12 @@ def open_row(bench: Bench, stack: ExitStack) -> Row:
 
 def _alone(bench: Bench, server: Child) -> Sample:
     calls = round(bench.settings.window_s * 1000)
-    notes = server.ask(do="alone", calls=calls)["notes"]
+    notes = server.ask("alone", calls)
     return Sample(_durations(notes))
 
 
 def _loaded(bench: Bench, server: Child, callers: list[Child]) -> Sample:
-    server.ask(do="notes")
+    server.ask("notes")
     sample = measure(
         server,
         shared(CALLERS, callers),

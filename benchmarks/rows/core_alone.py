@@ -6,8 +6,9 @@ import time
 from contextlib import ExitStack
 from functools import partial
 
+import core_process
 from measuring import Sample
-from processes import Child, python
+from processes import Child
 from row import Bench, Cell, Row
 
 TITLE = "the core alone, from push to finish"
@@ -17,7 +18,7 @@ ROOMS = {"core": "the waiting room", "queue": "SimpleQueue and locks"}
 
 
 def open_row(bench: Bench, stack: ExitStack) -> Row:
-    child = Child("the process of the core alone", python("core_process.py"))
+    child = Child("the process of the core alone", core_process.run)
     stack.callback(child.stop)
     _ = child.ready  # the time for its start must not be taken from the first cell's
     return Row(

@@ -52,5 +52,5 @@ def _measure_afresh(bench: Bench, server: Child, groups: Sequence[Group]) -> Sam
         least_batch=sum(group.callers for group in groups if group.counted) / 2,
     )
     for group in groups:
-        group.child.ask(do="close")
+        group.child.ask("close")
     return sample

@@ -31,7 +31,7 @@ def open_row(bench: Bench, stack: ExitStack) -> Row:
 def _gaps(bench: Bench, server: Child, callers: list[Child]) -> Sample:
     groups = shared(CALLERS, callers)
     open_streams(server, groups)
-    server.ask(do="notes")
+    server.ask("notes")
     sample = measure(
         server,
         groups,
