@@ -1,7 +1,7 @@
-"""The tests beside the oldest and the newest releases that the package runs with, on each Python.
+"""Run the tests with the oldest and the newest releases that the package supports, on each Python.
 
-`make matrix` runs all rows whose Python is on PATH; `nox --list` names them. What follows `--` goes to pytest, and
-GRPC_BATCHER_GEAR to the tests: `GRPC_BATCHER_GEAR=public nox -s "tests(3.10-oldest)" -- tests/test_client.py`.
+`make matrix` runs all rows whose Python is on PATH; `nox --list` names them. Arguments after `--` go to pytest, and the
+tests heed GRPC_BATCHER_GEAR: `GRPC_BATCHER_GEAR=public nox -s "tests(3.10-oldest)" -- tests/test_client.py`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ print("client gear:", MukoeBatcherClient("localhost:1").gear)
 
 
 def grpcio(version: str) -> list[str]:
-    """Pins of grpcio and of the packages of its release; newer ones need a newer grpcio."""
+    """Pins of grpcio and of the packages that belong to its release; newer ones need a newer grpcio."""
     return [f"{name}=={version}" for name in ("grpcio", "grpcio-tools", "grpcio-health-checking", "grpcio-reflection")]
 
 
@@ -56,7 +56,7 @@ def row(python: str, name: str, pins: list[str], forced: str | None = None, besi
 
 ROWS = [
     *(
-        # The tools of the tests ask for a newer protobuf than they, and the package, run with.
+        # The tests' own tools ask for a newer protobuf than they and the package need.
         row(python, "oldest", [*grpcio(oldest["grpcio"]), f"numpy=={oldest['numpy']}"], forced=OLDEST_PROTOBUF)
         for python, oldest in OLDEST.items()
     ),
@@ -72,8 +72,8 @@ def tests(session: nox.Session, pins: list[str], forced: str | None, beside: tup
     """Run the tests with a row's releases.
 
     pins: what pip installs together with the package.
-    forced: what is installed after that, against the wishes of other packages than ours.
-    beside: modules after whose import README's first example has to run.
+    forced: what is installed afterwards, although packages other than ours ask for another version.
+    beside: modules after whose import README's first example must run.
     """
     session.install("--only-binary", ":all:", ".[test]", *pins)
     if forced:

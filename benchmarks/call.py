@@ -13,7 +13,7 @@ from grpc_batcher._cli.workers import obey
 
 
 class Callers:
-    """Callers of one server. Each method is a command."""
+    """Callers of one server; its public methods are the commands."""
 
     def __init__(self, kind: str, address: str) -> None:
         self._server = kind, address
@@ -34,7 +34,7 @@ class Callers:
             self._jobs = list(_jobs(self.connection, *shape))
 
     def run(self, window: Window, pause_s: float = 0.0, most_requests: int | None = None) -> tuple[Outcome, str | None]:
-        """Have them ask in this window, each no more than `most_requests`. Returns what came of it and the gear."""
+        """Have them ask in this window, each at most `most_requests` times. Returns the outcome and the gear."""
         outcome = run(self._senders, self._jobs, window, pause_s=pause_s, most_requests=most_requests)
         return outcome, self.connection.gear()
 
@@ -52,7 +52,7 @@ def call(pipe: Pipe, kind: str, address: str) -> None:
 
 
 def _jobs(connection: Connection, callers: int, first: int, payload_bytes: int) -> Iterator[list[Job]]:
-    """Two payloads for each caller, so that an answer to its last request is not taken for one to this."""
+    """Two payloads per caller, so that an answer to its last request does not pass for one to this request."""
     for caller in range(first, first + callers):
         payloads = [
             bytes(payload_bytes - TAG_BYTES) + (2 * caller + which).to_bytes(TAG_BYTES, "big") for which in range(2)

@@ -1,4 +1,4 @@
-"""One measurement of a server under load, and the checks that the load was the one that was meant."""
+"""One measurement of a server under load, and the checks that the load was as intended."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _OPENING_LIMIT_S = 30.0
 class Sample:
     """What one measurement found.
 
-    values: by name, with the unit at its end.
-    problems: why it may not be what it seems to be.
+    values: by name; names end with the unit.
+    problems: reasons not to trust the values.
     window: when it was measured; None where that does not matter.
     """
 
@@ -28,7 +28,7 @@ class Sample:
     window: Window | None = None
 
     def notes(self, server: Child) -> list[tuple[int, int, int]]:
-        """Return when the callback ran in the window: begin, end and CPU time of each, in nanoseconds."""
+        """Return the callback's runs in the window: start, end and CPU time of each, in nanoseconds."""
         notes = server.ask("notes")
         if self.window is None:
             return notes
@@ -39,7 +39,7 @@ class Sample:
 class Group:
     """Callers in one process.
 
-    counted: False for those that only keep the server company.
+    counted: whether their answers count.
     """
 
     child: Child
@@ -61,10 +61,10 @@ def measure(
 ) -> Sample:
     """Have all groups ask at the same time.
 
-    settle_s: what the processes get to start their threads.
-    least_batch: the mean batch, where the server counts that, must not be smaller.
-    everyone: whether each caller must have an answer while warming up and one in the window. If not, the sample tells
-        how many had none in the window.
+    settle_s: the time processes get to start their threads.
+    least_batch: the smallest mean batch that is no problem, where the server counts batches.
+    everyone: whether each caller must get an answer while warming up and another in the window. If not, the sample
+        has the share of callers that got none in the window.
     """
     groups = [group for group in groups if group.callers]
     counts = _counts(server)
@@ -89,7 +89,7 @@ def measure(
         mean_batch = (after["batched_requests"] - counts["batched_requests"]) / batches
         sample.values["mean_batch"] = mean_batch
         if mean_batch < least_batch:
-            sample.problems.append(f"the mean batch was {mean_batch:.1f}, and should be {least_batch:g} or more")
+            sample.problems.append(f"the mean batch was {mean_batch:.1f}; it should be at least {least_batch:g}")
         if after.get("gear") != server.ready.get("gear"):
             sample.problems.append(f"the server's gear is now {after['gear']}")
         if "open_streams" in after:
@@ -98,7 +98,7 @@ def measure(
 
 
 def open_streams(server: Child, groups: Sequence[Group]) -> None:
-    """Have all callers ask once while the server holds back its answers, so that they need a stream each."""
+    """Have all callers ask once while the server holds back its answers, so that each needs its own stream."""
     groups = [group for group in groups if group.callers]
     wanted = sum(group.callers for group in groups)
     server.ask("hold")
@@ -115,7 +115,7 @@ def open_streams(server: Child, groups: Sequence[Group]) -> None:
 
 
 def _prepare(groups: Sequence[Group], payload_bytes: int) -> None:
-    """Have all processes make their payloads and connections, and wait until they have."""
+    """Have all processes make their payloads and connections, and wait for them."""
     first = 0
     for group in groups:
         group.child.tell("prepare", group.callers, first, payload_bytes)
@@ -125,9 +125,9 @@ def _prepare(groups: Sequence[Group], payload_bytes: int) -> None:
 
 
 def _cores_used(window: Window, teams: Sequence[Sequence[Child]]) -> list[float | None]:
-    """Wait until the window is over, and return how many cores each team of processes used meanwhile.
+    """Wait until the window is over, and return how many cores each team of processes used during it.
 
-    None if this process was not given its own turns in time.
+    None if this process did not get the CPU in time to read the clocks.
     """
     readings = []
     for due_ns in (window.from_ns, window.until_ns):
@@ -141,7 +141,7 @@ def _cores_used(window: Window, teams: Sequence[Sequence[Child]]) -> list[float 
 
 
 def _collect(groups: Sequence[Group], window: Window, *, everyone: bool) -> Sample:
-    """Take what all processes found. Without any answer there are no values."""
+    """Merge what all processes saw. Without a single answer there are no values."""
     sample = Sample({}, window=window)
     latencies_ns: list[int] = []
     answers: list[int] = []
@@ -175,5 +175,5 @@ def _collect(groups: Sequence[Group], window: Window, *, everyone: bool) -> Samp
 
 
 def _counts(server: Child) -> dict[str, Any] | None:
-    """What the server counted so far; None if it does not."""
+    """What the server has counted so far; None if it does not count."""
     return server.ask("counts") if server.ready.get("counts") else None

@@ -43,11 +43,11 @@ class Child(Worker):
         return _with_descendants(self.pid)
 
     def cpu_ns(self) -> int:
-        """CPU time so far, in user and kernel mode, of the process and those that it has started."""
+        """CPU time so far, in user and kernel mode, of the process and those it has started."""
         return sum(_cpu_ns(pid) for pid in self._pids)
 
     def rss_bytes(self) -> int:
-        """Memory that is resident now."""
+        """Memory that is resident now, without that of processes it has started."""
         pages = Path(f"/proc/{self.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGESIZE")
 
@@ -98,7 +98,7 @@ def sleep_until(due_ns: int) -> None:
 
 
 def _cpu_ns(pid: int) -> int:
-    """/proc/PID/stat counts in hundredths of a second; the process' own clock in nanoseconds."""
+    """The process's own clock counts in nanoseconds; /proc/PID/stat only in hundredths of a second."""
     clock = ctypes.c_int()
     if _libc.clock_getcpuclockid(pid, ctypes.byref(clock)):
         return 0  # it has ended
@@ -113,7 +113,7 @@ def _with_descendants(root: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                # The name before it is in parentheses and may hold anything.
+                # The process name before it is in parentheses and may contain anything.
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except (OSError, IndexError):
                 continue

@@ -1,4 +1,4 @@
-"""What is compared: which server, asked in which way."""
+"""What is compared: which server, and how it is asked."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ BATCH_TIMEOUT_S = 0.005
 
 
 class Unavailable(Exception):
-    """Why a system can not run here."""
+    """The reason why a system cannot run here."""
 
 
 @dataclass(frozen=True)
 class System:
     """A server and its callers.
 
-    title: what the table calls it; README.md says more.
+    title: its name in the table; README.md says more.
     server: returns the function and the arguments of the server's process. Raises Unavailable.
-    caller: a kind of callers.connect.
-    gear: which of this library's gears both ends use; None where there is no choice.
+    caller: one of the kinds that callers.connect knows.
+    gear: the transport of this library that both ends use; None where there is no choice.
     """
 
     title: str
@@ -42,19 +42,19 @@ class System:
     gear: str | None = None
 
     def spawn_server(self) -> Child:
-        """Start a server, and do not wait until it is ready. Raises Unavailable."""
+        """Start a server, without waiting until it is ready. Raises Unavailable."""
         return Child(f"the server of {self.title!r}", *self.server(), transport=self.gear)
 
     def spawn_callers(self, server: Child) -> Child:
-        """Start a process of callers, and do not wait until it is ready."""
+        """Start a process of callers, without waiting until it is ready."""
         address = f"127.0.0.1:{server.ready['port']}"
         return Child(f"callers of {self.title!r}", call, self.caller, address, transport=self.gear)
 
     def check_ready(self, child: Child) -> None:
-        """Wait until a process is ready. Raises Unavailable if it does not use the gear that was meant."""
+        """Wait until a process is ready. Raises Unavailable if it does not use the intended gear."""
         gear = child.ready.get("gear")
         if gear is not None and gear != self.gear:
-            raise Unavailable(f"with this grpcio the {self.gear} gear gives way to the {gear} one")
+            raise Unavailable(f"with this grpcio, the {gear} gear takes the place of the {self.gear} one")
 
 
 def batcher(gear: str, callback: str = "answer", caller: str = "batcher") -> System:
@@ -71,7 +71,7 @@ def grpcio_echo(title: str, caller: str, threads: int) -> System:
 
 
 def _cpp_echo() -> tuple[Any, ...]:
-    # The answer's one value stands last in the message, and so does the value's tag.
+    # The only value comes last in the message, and its tag last in the value.
     answer = ModelResponse(dictionary=[KeyValue(key=KEY, values=FILLER + bytes(TAG_BYTES))])
     reply = MukoeResponse(result=answer).SerializeToString()
     assert reply.endswith(bytes(TAG_BYTES))

@@ -1,4 +1,4 @@
-"""What is compared with what, and how it should come out: ratios of medians inside one run, and a few plain values."""
+"""The comparisons and their targets: ratios of medians within one run, and a few plain values."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Of:
 
 @dataclass(frozen=True)
 class Target:
-    """A comparison, with a target or, where neither limit is given, for information.
+    """A comparison. Without a limit it has no target and is there for information.
 
-    row: the row under which it is shown.
-    over: the value to judge, divided by `under` if that is given.
+    row: the row it is shown under.
+    over: the value to judge, divided by `under` if given.
     """
 
     row: str
@@ -44,7 +44,7 @@ class Target:
         return None if self.below is None else value < self.below
 
 
-# Of the throughput with 16 callers: the direct gear against each other system, at least so many times.
+# Throughput with 16 callers: how many times that of each other system the direct gear should reach.
 _THROUGHPUT: dict[str, tuple[str, dict[int, float]]] = {
     PUBLIC: ("the public gear", {64: 2.2}),
     STREAMS: ("plain grpcio, persistent streams", {64: 2.0, 110_592: 1.7, 884_736: 1.1}),
@@ -67,7 +67,7 @@ TARGETS = [
     ),
     Target(
         "few_callers",
-        "a lone caller: direct gear / the same with the window alone",
+        "a lone caller: direct gear / the same waiting for the window",
         Of(f"few/1/answer/{DIRECT}"),
         Of(f"few/window/{DIRECT}"),
         at_least=15,
@@ -97,18 +97,18 @@ TARGETS = [
     ),
     Target(
         "streams",
-        "the same with a connection for each stream",
+        "the same with a connection per stream",
         Of(f"streams/1024/{EACH}", "stream_kib"),
     ),
     Target(
         "idle",
-        "64 B: CPU of the server a request, in us",
+        "64 B: server CPU per request, in us",
         Of(f"throughput/64/{DIRECT}", "server_cpu_us"),
         below=40,
     ),
     Target(
         "idle",
-        "64 B: CPU of the server a request, direct gear / plain grpcio, persistent streams",
+        "64 B: server CPU per request, direct gear / plain grpcio, persistent streams",
         Of(f"throughput/64/{DIRECT}", "server_cpu_us"),
         Of(f"throughput/64/{STREAMS}", "server_cpu_us"),
         below=0.44,  # 40 us where the other takes 90

@@ -147,7 +147,7 @@ case $engine in
     ;;
 esac
 
-# Not `grep -q`: it leaves at the first match, the engine then fails to write, and with pipefail all of it has failed.
+# Not `grep -q`: it exits at the first match, the engine then fails to write, and with pipefail the pipeline fails.
 server_logged() { server_log | grep "$1" >/dev/null; }
 
 # ---- the proof ----

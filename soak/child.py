@@ -1,4 +1,4 @@
-"""What every process of the soak does: it obeys run.py over a pipe, and tells what should not have happened."""
+"""What every process of the soak does: obey run.py over a pipe, and report what should not have happened."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 from grpc_batcher._cli import workers
 
-# Records of the library that the load itself brings about.
+# Log records that the load is meant to cause.
 _EXPECTED_LOGS = ("the callback raised AskedForError", "shutdown after a grace of")
 
 _MAX_FAULTS_KEPT = 20
 
 
 class Faults(logging.Handler):
-    """What should not have happened in this process: reported by its code, logged, or raised and not caught."""
+    """Collects what should not have happened in this process: reported by its code, logged, or not caught."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

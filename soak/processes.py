@@ -17,7 +17,7 @@ class Child(Worker):
     answer_limit_s = 150.0  # longer than any wait inside
 
     def resources(self) -> dict[str, int]:
-        """What it uses now. Its memory is the anonymous part of what is resident: not files, nor the interpreter."""
+        """What it uses now. Memory is the anonymous part of resident memory, without files and the interpreter."""
         folder = Path(f"/proc/{self.pid}")
         status = (folder / "status").read_text()
         numbers = dict(re.findall(r"^(\w+):\s+(\d+)", status, re.M))
@@ -29,7 +29,7 @@ class Child(Worker):
 
 
 class Seen:
-    """The numbers that callbacks have seen, a bit for each, whichever server it was."""
+    """The request numbers that callbacks have seen, on any server, with one bit each."""
 
     def __init__(self, report: Callable[[str], None]) -> None:
         self._report = report

@@ -1,4 +1,4 @@
-"""A relay in front of a server. It breaks connections at random moments, with whatever is on its way on them."""
+"""A relay in front of a server. It breaks connections at random moments, with whatever is in flight on them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 
 def relay(pipe: Connection, port: int, seed: str) -> None:
-    """The process: relays to a port of this machine until it is told to stop."""
+    """The process. It relays to a port of this machine until it is told to stop."""
     faults = Faults()
     between = Relay(port, seed)
     loop = asyncio.new_event_loop()

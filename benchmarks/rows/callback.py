@@ -1,4 +1,4 @@
-"""What serving costs the callback: one of pure Python under full load, against the same one alone in the process."""
+"""What serving costs the callback: pure Python under full load, against the same callback with nothing else running."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
-from measuring import Sample, measure
+from measuring import Sample
 from processes import Child
 from row import Bench, Cell, Row, shared
 from systems import DIRECT, PUBLIC, batcher
@@ -15,7 +15,7 @@ from grpc_batcher._cli.load import percentile
 
 TITLE = "a callback of pure Python, about 1 ms: alone, and with 64 callers"
 
-# More than a batch holds, so that some always ask and are answered while the callback runs.
+# More than fit in a batch, so that some are always asking or being answered while the callback runs.
 CALLERS = 64
 
 
@@ -39,14 +39,7 @@ def _alone(bench: Bench, server: Child) -> Sample:
 
 def _loaded(bench: Bench, server: Child, callers: list[Child]) -> Sample:
     server.ask("notes")
-    sample = measure(
-        server,
-        shared(CALLERS, callers),
-        payload_bytes=64,
-        warm_s=bench.settings.warm_s,
-        window_s=bench.settings.window_s,
-        least_batch=8,
-    )
+    sample = bench.measure(server, shared(CALLERS, callers), least_batch=8)
     durations = _durations(sample.notes(server))
     problems = sample.problems if durations else [*sample.problems, "the callback never ran"]
     return Sample(sample.values | durations, problems)

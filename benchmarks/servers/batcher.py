@@ -22,10 +22,10 @@ from grpc_batcher._cli.workers import obey
 NATIVE_S = 0.002
 PYTHON_NS = 1_000_000
 
-# As a batcher pauses between two batches; a thread that never does so is treated worse by the kernel.
+# A batcher also pauses between two batches, and the kernel treats a thread worse that never does.
 PAUSE_S = 0.0003
 
-# While it is not set no batch is answered, so that each caller needs a stream of its own.
+# While it is not set, no batch is answered, so that each caller needs its own stream.
 released = threading.Event()
 released.set()
 
@@ -39,7 +39,7 @@ def answer(requests: Sequence[bytes]) -> Results:
 
 
 class Noting:
-    """A callback that does some work first, and notes when it began and ended, and its thread's CPU time."""
+    """A callback that does some work first, and notes when it started and ended and its thread's CPU time."""
 
     def __init__(self, work: Callable[[], object]) -> None:
         self._work = work
@@ -59,7 +59,7 @@ class Noting:
         return notes
 
     def alone(self, calls: int, batch_size: int) -> list[tuple[int, int, int]]:
-        """Call it as the batcher would, on a thread and with pauses, but with nothing else going on."""
+        """Call it as the batcher would, on a thread and with pauses, while nothing else runs."""
         batch = [bytes(64)] * batch_size
         self._notes = []
 
@@ -82,7 +82,7 @@ def compute(steps: int) -> int:
 
 
 def steps_for(duration_ns: int) -> int:
-    """How many steps take so long, by the quickest of some tries."""
+    """Return how many steps take that long, judged by the fastest of some tries."""
     steps = 1000
     best_ns = min(_timed_ns(steps) for _ in range(200))
     return max(1, steps * duration_ns // best_ns)

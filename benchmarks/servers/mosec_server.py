@@ -28,14 +28,14 @@ class Echo(Worker):
 
 
 def free_port() -> int:
-    """mosec wants to be told a port."""
+    """Return a port for mosec, which cannot choose one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def say_when_ready(port: int) -> None:
-    """Then stop the server once run.py closes the pipe or is gone."""
+    """Say when the server is ready, answer requests for its counts, and stop it when the standard input closes."""
     while True:
         try:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
@@ -53,7 +53,7 @@ def say_when_ready(port: int) -> None:
 
 
 def counts(port: int) -> dict[str, int]:
-    """What it counted, as its Prometheus page has it."""
+    """What it counted, read from its Prometheus page."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     connection.request("GET", "/metrics")
     page = connection.getresponse().read().decode()
