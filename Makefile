@@ -13,7 +13,7 @@ SOAK_S ?= 600
 FUZZ_S ?= 300
 DEBUG_TESTS ?= tests
 
-.PHONY: demo test test-gears matrix bench soak lint debug tsan asan fuzz wheels dist proto check-proto clean
+.PHONY: demo test test-transports matrix bench soak lint debug tsan asan fuzz wheels dist proto check-proto clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/atari_demo.py
@@ -22,16 +22,16 @@ test: $(VENV)/installed-test
 	$(BIN)/pytest -n $(TEST_PROCESSES) tests
 
 # The tests over sockets again, in the pairings of server and client that `make test` leaves out.
-test-gears: $(VENV)/installed-test
-	for gears in public public/direct direct/public; do \
-		GRPC_BATCHER_GEAR=$$gears $(BIN)/pytest -q -n $(TEST_PROCESSES) $(OVER_SOCKETS) || exit 1; \
+test-transports: $(VENV)/installed-test
+	for transports in public public/direct direct/public; do \
+		GRPC_BATCHER_TRANSPORT=$$transports $(BIN)/pytest -q -n $(TEST_PROCESSES) $(OVER_SOCKETS) || exit 1; \
 	done
 
 # The tests with the oldest and the newest releases, on each Python here. MATRIX_ROWS="3.10-oldest 3.13-newest" and
-# MATRIX_TESTS="core wire" choose; `nox --list` names the rows.
+# MATRIX_TESTS="core wire" choose; `nox --list` names the rows. With GRPC_BATCHER_TRANSPORT, only the tests over sockets.
 matrix: $(VENV)/installed-matrix
 	$(BIN)/nox $(if $(MATRIX_ROWS),--error-on-missing-interpreters --sessions $(foreach row,$(MATRIX_ROWS),"tests($(row))")) \
-		-- $(MATRIX_TESTS:%=tests/test_%.py)
+		-- $(or $(MATRIX_TESTS:%=tests/test_%.py),$(if $(GRPC_BATCHER_TRANSPORT),$(OVER_SOCKETS)))
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/run.py $(BENCH_OPTIONS)

@@ -5,13 +5,14 @@ try:
     from . import _wire as _wire
 except ImportError as error:
     raise ImportError(
-        "grpc_batcher's native modules are not compiled here, or for another Python. Run `pip install .` in the source "
-        "tree, and import it from another folder; or `pip install -e .` to work on the tree itself."
+        "grpc_batcher's native modules are not compiled, or only for another Python. Run `pip install .` in the "
+        "source tree and import the package from another folder, or `pip install -e .` to work on the tree itself."
     ) from error
 
-from ._server.batcher import MukoeBatcher, create_batcher
 from ._client.client import MukoeBatcherClient
 from ._errors import BatcherError, BindError, RequestError
+from ._server.batcher import MukoeBatcher
+from ._server.create import create_batcher
 from ._server.metrics import Histogram, Metrics, Percentiles
 from ._version import __version__
 

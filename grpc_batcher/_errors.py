@@ -1,21 +1,33 @@
 """The exceptions that users may catch.
 
 BatcherError
-├── BindError       also an OSError: the server's address can not be had
+├── BindError       also an OSError: the server's address is not available
 └── RequestError    also a grpc.RpcError: a request ended without an answer; code() and details() say how
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 
 
 class BatcherError(Exception):
-    """Base of the errors that are this library's own."""
+    """Base of this library's own errors."""
 
 
 class BindError(BatcherError, OSError):
-    """The server can not listen on its address, most often because another process does."""
+    """The server cannot listen on its address, most often because another process does.
+
+    errno: the system's reason, such as errno.EADDRINUSE; None where only gRPC knows it.
+    """
+
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BindError, (str(self), self.errno)
 
 
 class RequestError(BatcherError, grpc.RpcError):  # type: ignore[misc]
@@ -30,9 +42,11 @@ class RequestError(BatcherError, grpc.RpcError):  # type: ignore[misc]
         self._details = details
 
     def code(self) -> grpc.StatusCode:
+        """The gRPC status code."""
         return self._code
 
     def details(self) -> str:
+        """The status's text."""
         return self._details
 
     def __str__(self) -> str:

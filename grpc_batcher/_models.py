@@ -1,4 +1,4 @@
-"""The kinds of model: how a request travels as a message, what the callback gets of it, and what it may return.
+"""The kinds of model: how a request travels as a message, what the callback gets, and what it may return.
 
 To serve a new kind, add its message to `proto/mukoe_batcher.proto` and its line to `MODELS` (see docs/new-model.md).
 """
@@ -21,15 +21,15 @@ INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
 
 class BadRequestError(Exception):
-    """A message that the model does not take; the text says why."""
+    """A message that the model does not accept; the text says why."""
 
 
 class BadResultError(Exception):
-    """Something a callback returned that can not be an answer; the text says why."""
+    """Something a callback returned that cannot be an answer; the text says why."""
 
 
 class Answer(NamedTuple):
-    """What a caller gets: the callback's dictionary for it, and its step."""
+    """What a caller gets: the callback's dictionary and step for its request."""
 
     dictionary: dict[str, bytes]
     step: int
@@ -39,10 +39,10 @@ class Answer(NamedTuple):
 class Model:
     """A kind of request.
 
-    name: what `create_batcher` calls it.
-    message_field: its field in the `request_type` of MukoeRequest.
-    arguments: the fields of its message that hold what `send_request` was given, by the same names. The callback
-        gets the one value, or a tuple of all in this order.
+    name: as given to `create_batcher`.
+    message_field: its field in MukoeRequest's `request_type`.
+    arguments: the fields of its message, which are also `send_request`'s arguments. The callback gets the value of the
+        only field, or a tuple of all values in this order.
     """
 
     name: str
@@ -57,18 +57,18 @@ class Model:
         return values if len(values) > 1 else values[0]
 
     def write_request(self, arguments: Mapping[str, Any]) -> bytes:
-        """Return the serialized MukoeRequest. Raises TypeError or ValueError for values that its fields do not take."""
+        """Return the serialized MukoeRequest. Raises TypeError or ValueError for values that its fields cannot hold."""
         if self._codec is None:
             return self._write_with_protobuf(arguments)
         try:
             return self._codec.write([arguments[name] for name in self.arguments])
         except (TypeError, ValueError, BufferError, OverflowError):
-            # Rare: an array that is not contiguous, or a value that can not be sent. Protobuf says which.
+            # Rare: an array that is not contiguous, or a value that cannot be sent. Protobuf says which.
             return self._write_with_protobuf(arguments)
 
     @cached_property
     def _codec(self) -> _wire.RequestCodec | None:
-        """What reads and writes this kind with fewer copies than protobuf, if it can."""
+        """Reads and writes this kind with fewer copies than protobuf; None for kinds that only protobuf can."""
         field = MukoeRequest.DESCRIPTOR.fields_by_name[self.message_field]
         known = {FieldDescriptor.TYPE_BYTES: True, FieldDescriptor.TYPE_INT32: False}
         assert field.message_type is not None
@@ -81,8 +81,8 @@ class Model:
     def _read_with_protobuf(self, message: bytes) -> tuple[Any, ...]:
         try:
             request = MukoeRequest.FromString(message)
-        except (DecodeError, UnicodeDecodeError) as error:  # protobuf 3.20 in plain Python lets the second out
-            raise BadRequestError(f"{len(message)} bytes that are no MukoeRequest: {error}") from None
+        except (DecodeError, UnicodeDecodeError) as error:  # pure-Python protobuf 3.20 raises the second
+            raise BadRequestError(f"{len(message)} bytes that are not a MukoeRequest: {error}") from None
         kind = request.WhichOneof("request_type")
         if kind != self.message_field:
             raise BadRequestError(
@@ -120,21 +120,21 @@ if len(_BY_ARGUMENTS) != len(MODELS):
 
 
 def write_request(arguments: Mapping[str, Any]) -> bytes:
-    """Return the serialized request of the model that takes just these arguments.
+    """Return the serialized request of the model that takes exactly these arguments.
 
     Raises TypeError if there is none, and TypeError or ValueError for values of a wrong type or range.
     """
     model = _BY_ARGUMENTS.get(frozenset(arguments))
     if model is None:
         known = "; ".join(f"({', '.join(model.arguments)}) for {model.name!r}" for model in MODELS.values())
-        raise TypeError(f"no model takes the arguments ({', '.join(arguments)}); there are {known}")
+        raise TypeError(f"no model takes the arguments ({', '.join(arguments)}); the models take {known}")
     return model.write_request(arguments)
 
 
 def check_result(result: Any) -> Answer:
-    """Return what a callback gave for one request as an answer that no later change of it can touch.
+    """Return what a callback gave for one request, as an answer that no later change of it affects.
 
-    Raises BadResultError unless it is a pair of a dictionary with `bytes` for values, and an int32.
+    Raises BadResultError unless it is a pair of a dictionary of `bytes` and an int32.
     """
     if not isinstance(result, Sequence) or len(result) != 2:
         raise BadResultError(f"must be a pair (dictionary, step); it is {_describe(result)}")
@@ -144,21 +144,21 @@ def check_result(result: Any) -> Answer:
     copy = {}
     for key, value in dictionary.items():
         if not isinstance(value, bytes):
-            raise BadResultError(f"must have bytes for values; under {key!r} it has {_describe(value)}")
+            raise BadResultError(f"must have bytes for values; {key!r} has {_describe(value)}")
         text = key if type(key) is str else "".join(str(key))  # no subclass of str
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise BadResultError(f"has the key {key!r}, which UTF-8 can not express: {error}") from None
+            raise BadResultError(f"has the key {key!r}, which UTF-8 cannot express: {error}") from None
         copy[text] = value if type(value) is bytes else bytes(value)  # such as numpy's, which are a subclass
     if len(copy) != len(dictionary):
-        raise BadResultError(f"has keys that are the same as text: {list(dictionary)!r:.200}")
+        raise BadResultError(f"has keys that are equal as text: {list(dictionary)!r:.200}")
     try:
         step = operator.index(step)
     except TypeError:
         raise BadResultError(f"must have an int for its step; it has {_describe(step)}") from None
     if not INT32_MIN <= step <= INT32_MAX:
-        raise BadResultError(f"has the step {step}, which is no int32")
+        raise BadResultError(f"has the step {step}, which does not fit an int32")
     return Answer(copy, step)
 
 
@@ -174,7 +174,7 @@ def read_answer(message: bytes) -> tuple[dict[str, bytes], int]:
         return answer
     try:
         result = MukoeResponse.FromString(message).result
-    except UnicodeDecodeError as error:  # out of protobuf 3.20 in plain Python
+    except UnicodeDecodeError as error:  # from pure-Python protobuf 3.20
         raise DecodeError(str(error)) from error
     return {pair.key: pair.values for pair in result.dictionary}, result.step
 

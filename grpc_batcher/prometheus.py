@@ -13,10 +13,11 @@ try:
     from prometheus_client.utils import floatToGoString
 except ImportError as error:
     raise ImportError(
-        "grpc_batcher.prometheus needs prometheus-client, which can not be imported here; "
+        "grpc_batcher.prometheus needs prometheus-client, which cannot be imported here: "
         'pip install "grpc-batcher[prometheus]"'
     ) from error
 
+from ._contract import is_unix_socket
 from ._server.batcher import MukoeBatcher
 from ._server.metrics import Histogram
 
@@ -24,7 +25,7 @@ __all__ = ["BatcherCollector"]
 
 _LABELS = ("model", "port")
 
-# Those that a batcher gives.
+# The codes that a batcher ends requests with.
 _CODES = (
     "OK",
     "CANCELLED",
@@ -39,9 +40,9 @@ _CODES = (
 class BatcherCollector(Collector):
     """Gives a Prometheus registry the metrics of batchers, as they are at each scrape.
 
-    batchers: one or more. One collector is to have all of a process, for a registry takes a name only once.
+    batchers: one or more. Give one collector all batchers of a process: a registry accepts each metric's name once.
 
-    Each sample has the labels `model` and `port`; of a batcher on a unix socket `port` is its address.
+    Each sample has the labels `model` and `port`; for a batcher on a unix socket, `port` is its address.
     docs/metrics.md lists the metrics. Raises ValueError if no batcher is given.
     """
 
@@ -56,28 +57,30 @@ class BatcherCollector(Collector):
             "grpc_batcher_requests", "Requests that ended, by the name of their gRPC status.", labels=(*_LABELS, "code")
         )
         batches = CounterMetricFamily(
-            "grpc_batcher_batches", "Batches taken, by the reason for which they left.", labels=(*_LABELS, "reason")
+            "grpc_batcher_batches", "Batches taken, by the reason they left.", labels=(*_LABELS, "reason")
         )
         sizes = HistogramMetricFamily("grpc_batcher_batch_size", "Requests in a batch.", labels=_LABELS)
         waits = HistogramMetricFamily(
             "grpc_batcher_waiting_seconds", "From a request's arrival until its batch was taken.", labels=_LABELS
         )
         callbacks = HistogramMetricFamily(
-            "grpc_batcher_callback_seconds", "The callback's duration, a batch.", labels=_LABELS
+            "grpc_batcher_callback_seconds", "How long the callback took, per batch.", labels=_LABELS
         )
         totals = HistogramMetricFamily(
             "grpc_batcher_end_to_end_seconds",
             "From a request's arrival until its reply is handed to gRPC.",
             labels=_LABELS,
         )
-        waiting = GaugeMetricFamily("grpc_batcher_waiting_requests", "Requests that wait for a batch.", labels=_LABELS)
+        waiting = GaugeMetricFamily("grpc_batcher_waiting_requests", "Requests waiting for a batch.", labels=_LABELS)
+        waiting_bytes = GaugeMetricFamily(
+            "grpc_batcher_waiting_bytes", "Bytes of the requests waiting for a batch.", labels=_LABELS
+        )
         streams = GaugeMetricFamily("grpc_batcher_open_streams", "Callers' streams that are open.", labels=_LABELS)
-        ready = GaugeMetricFamily("grpc_batcher_ready", "1 while the batcher serves, else 0.", labels=_LABELS)
+        ready = GaugeMetricFamily("grpc_batcher_ready", "1 while the batcher is serving, else 0.", labels=_LABELS)
         for batcher in self._batchers:
             metrics = batcher.metrics()
             labels = (metrics.model, _port_of(batcher))
-            # A rate needs a sample from before the first request.
-            # A code that first shows itself with a count would hide that count from Prometheus' rate().
+            # Prometheus' rate() misses the first count of a code that has no earlier sample.
             for code, count in (dict.fromkeys(_CODES, 0) | dict(metrics.requests)).items():
                 requests.add_metric((*labels, code), count)
             for reason, count in metrics.batches.items():
@@ -87,13 +90,14 @@ class BatcherCollector(Collector):
             _add(callbacks, labels, metrics.callback_histogram_s)
             _add(totals, labels, metrics.end_to_end_histogram_s)
             waiting.add_metric(labels, metrics.waiting)
+            waiting_bytes.add_metric(labels, metrics.waiting_bytes)
             streams.add_metric(labels, metrics.open_streams)
             ready.add_metric(labels, batcher.is_server_ready())
-        yield from (requests, batches, sizes, waits, callbacks, totals, waiting, streams, ready)
+        yield from (requests, batches, sizes, waits, callbacks, totals, waiting, waiting_bytes, streams, ready)
 
 
 def _port_of(batcher: MukoeBatcher) -> str:
-    return batcher.address if batcher.address.startswith(("unix:", "unix-abstract:")) else str(batcher.port)
+    return batcher.address if is_unix_socket(batcher.address) else str(batcher.port)
 
 
 def _add(family: HistogramMetricFamily, labels: Sequence[str], histogram: Histogram | None) -> None:

@@ -378,8 +378,8 @@ builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "mukoe_batcher_pb2", globals(
 # ---- the figures ----
 
 SPEED_ROWS = {
-    "this library, direct gear": "direct gear",
-    "this library, public gear": "public gear",
+    "this library, direct transport": "direct transport",
+    "this library, public transport": "public transport",
     "plain grpcio echo, no batching, streams kept": "plain grpcio, persistent streams",
     "plain grpcio echo, no batching, a call per request": "plain grpcio, a call per request",
     "C++ gRPC echo: no batching, no Python": "C++ echo",

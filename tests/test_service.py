@@ -1,7 +1,8 @@
-"""A session between a gear and the room, in orders of events that sockets bring about but rarely."""
+"""A session between a transport and the room, in orders of events that sockets rarely produce."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,57 +11,94 @@ import grpc
 import pytest
 
 from grpc_batcher import _core
-from grpc_batcher._server.metrics import Recorder
 from grpc_batcher._models import MODELS, Answer, read_answer
-from grpc_batcher._server.session import Service, Session, StreamEnd
+from grpc_batcher._server.metrics import Recorder
+from grpc_batcher._server.service import Service
+from grpc_batcher._server.session import Session
+from grpc_batcher._transport.interface import StreamEnd
 
 REQUEST = MODELS["repr"].write_request({"data": b"hi"})
 NO_DEADLINE = SimpleNamespace(time_remaining=lambda: None)
 
 
-class EagerStream:
-    """A stream whose requests are taken, answered and delivered by "another thread" before `push` returns."""
+class RecordedStream:
+    """What a session sends: replies, and the status it ends with."""
 
-    def __init__(self, room: _core.WaitingRoom, stream: _core.Stream, deliver: Callable[[_core.Ticket], None]) -> None:
-        self._room = room
-        self._stream = stream
-        self._deliver = deliver
+    def __init__(self) -> None:
+        self.replies: list[bytes] = []
+        self.ends: list[StreamEnd | None] = []
 
-    def push(self, request: Any, deadline_ns: int | None) -> _core.Ticket:
-        ticket = self._stream.push(request, deadline_ns)
-        taken = self._room.poll_batch()
-        assert taken is not None
-        self._room.finish(taken[1], [Answer({"result": request}, 7)])
-        self._deliver(ticket)
+    def send(self, reply: bytes) -> None:
+        self.replies.append(reply)
+
+    def end(self, end: StreamEnd | None) -> None:
+        self.ends.append(end)
+
+
+class Source:
+    """A session's source of requests, with something done around its `push`, as other threads would."""
+
+    def __init__(
+        self,
+        source: _core.Stream,
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[_core.Ticket], None] = lambda ticket: None,
+    ) -> None:
+        self._source = source
+        self._before = before
+        self._after = after
+
+    def push(self, *arguments: Any) -> _core.Ticket:
+        self._before()
+        ticket = self._source.push(*arguments)
+        self._after(ticket)
         return ticket
 
     def close(self) -> None:
-        self._stream.close()
+        self._source.close()
 
 
 @pytest.fixture
 def service() -> Service:
     room = _core.WaitingRoom(batch_size=1, window_ns=0, capacity=2)
-    return Service(
-        room, MODELS["repr"], Recorder(timed=True, batch_size=1), max_streams=2, stream_handler=lambda _open: None
-    )
+    return Service(room, MODELS["repr"], Recorder(timed=True, batch_size=1), max_streams=2)
 
 
 def counts(service: Service) -> dict[str, int]:
     batches, batched = service.room.batches()
     snapshot = service.recorder.snapshot(
-        model="repr", batches=batches, batched_requests=batched, waiting=0, open_streams=0
+        model="repr", batches=batches, batched_requests=batched, waiting=0, waiting_bytes=0, open_streams=0
     )
     return dict(snapshot.requests)
 
 
-def test_a_reply_that_is_due_before_the_request_is_wholly_in_is_sent(service: Service) -> None:
+def taken_in(end: StreamEnd | None) -> str:
+    """What a status tells the client."""
+    assert end is not None
+    told: dict[str, str] = {}
+    context = SimpleNamespace(set_trailing_metadata=told.update, set_code=lambda code: None, set_details=lambda text: None)
+    end.set_on(context)
+    return told["grpc-batcher-taken-in"]
+
+
+def test_a_reply_that_is_ready_before_push_returns_is_sent(service: Service) -> None:
     session = Session(service, NO_DEADLINE)
-    replies: list[bytes] = []
-    session._stream = EagerStream(service.room, session._stream, lambda ticket: replies.append(session.reply(ticket)))
+    stream = session.stream = RecordedStream()
+    delivering: list[threading.Thread] = []
+
+    def answer(ticket: _core.Ticket) -> None:
+        taken = service.room.poll_batch()
+        assert taken is not None
+        service.room.finish(taken[1], [Answer({"result": ticket.request}, 7)])
+        # Another thread delivers it, which waits until the request has been counted as taken in.
+        delivering.append(threading.Thread(target=session.deliver, args=(ticket,)))
+        delivering[-1].start()
+
+    session._source = Source(session._source, after=answer)
     for _ in range(2):
         session.accept(REQUEST)
-    assert [read_answer(reply) for reply in replies] == [({"result": b"hi"}, 7)] * 2
+        delivering[-1].join()
+    assert [read_answer(reply) for reply in stream.replies] == [({"result": b"hi"}, 7)] * 2
     session.close()
     assert counts(service) == {"OK": 2}
 
@@ -71,7 +109,7 @@ def test_a_refused_request_is_counted_once_and_not_as_taken_in(service: Service)
         with pytest.raises(StreamEnd) as caught:
             session.accept(message)
         assert caught.value.code is code
-        assert caught.value.trailing_metadata == (("grpc-batcher-taken-in", "0"),)
+        assert taken_in(caught.value) == "0"
     service.room.close()
     with pytest.raises(StreamEnd) as caught:
         session.accept(REQUEST)
@@ -80,12 +118,51 @@ def test_a_refused_request_is_counted_once_and_not_as_taken_in(service: Service)
     assert counts(service) == {"INVALID_ARGUMENT": 2, "UNAVAILABLE": 1}
 
 
+def test_a_shutdown_between_a_requests_arrival_and_its_refusal_does_not_count_it_as_taken_in(service: Service) -> None:
+    """The client may then send it again: it certainly never ran."""
+    session = Session(service, NO_DEADLINE)
+    stream = session.stream = RecordedStream()
+    ending: list[threading.Thread] = []
+
+    def shut_down() -> None:
+        service.room.close()
+        service.room.abandon()
+        ending.append(threading.Thread(target=session.shut_down))
+        ending[0].start()
+
+    session._source = Source(session._source, before=shut_down)
+    with pytest.raises(StreamEnd) as caught:
+        session.accept(REQUEST)
+    ending[0].join()
+    assert taken_in(caught.value) == "0"
+    assert [taken_in(end) for end in stream.ends] == ["0"]
+    assert counts(service) == {"UNAVAILABLE": 1}
+
+
+def test_a_bad_request_whose_caller_leaves_as_it_is_read_is_counted_once(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(service, NO_DEADLINE)
+    read_request = type(service.model).read_request
+
+    def close_and_read(model: Any, message: bytes) -> Any:
+        session.close()
+        return read_request(model, message)
+
+    monkeypatch.setattr(type(service.model), "read_request", close_and_read)
+    with pytest.raises(StreamEnd):
+        session.exchange(b"\xff")
+    assert counts(service) == {"INVALID_ARGUMENT": 1}
+
+
 def test_a_request_whose_caller_leaves_is_counted_once(service: Service) -> None:
     session = Session(service, NO_DEADLINE)
+    stream = session.stream = RecordedStream()
     ticket = session.accept(REQUEST)
     session.close()
     session.close()
     assert ticket.state == _core.LEFT
-    with pytest.raises(StreamEnd):
-        session.reply(ticket)
+    session.stream = stream  # as a delivery that began before the close still has it
+    session.deliver(ticket)
+    assert stream.replies == []
     assert counts(service) == {"CANCELLED": 1}

@@ -1,0 +1,1 @@
+"""The command line, `grpc-batcher`. Needs the extra `cli`."""

@@ -1,4 +1,4 @@
-"""`grpc-batcher bench`: how much a running server answers, by the number of callers."""
+"""`grpc-batcher bench`: the throughput and latency of a running server, by the number of callers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from typing import Any
 
 import click
 
-from .._cli.callers import Callers, Question
-from .._cli.options import (
+from .._contract import DEFAULT_MAX_MESSAGE_BYTES, MAX_MESSAGE_BYTES
+from .._errors import RequestError
+from .._version import __version__
+from .callers import Callers, Question
+from .options import (
     FILE,
     NEW_FILE,
     Failure,
@@ -25,66 +28,65 @@ from .._cli.options import (
     security_options,
     unresolved,
 )
-from .._cli.report import KNEE_RULE, TABLE_HEAD, Point, check_picture, draw, knee, remarks
-from .._errors import RequestError
-from .._version import __version__
+from .report import KNEE_RULE, TABLE_HEAD, Point, check_picture, draw, knee, remarks
 
 
 def _counts(text: str) -> list[int]:
-    """Read numbers above 0 with commas between them: sorted, and each once. Raises BadParameter."""
+    """Parse comma-separated numbers above 0; return each once, sorted. Raises BadParameter."""
     try:
         counts = sorted({int(part) for part in text.split(",")})
     except ValueError:
         counts = [0]
     if counts[0] < 1:
-        raise click.BadParameter(f"{text!r} is no list of numbers above 0, such as 1,2,4.")
+        raise click.BadParameter(f"{text!r} is not a list of numbers above 0, such as 1,2,4.")
     return counts
 
 
-@click.command(short_help="Measure how much a running server answers.")
+@click.command(short_help="Measure a running server.")
 @click.argument("address", envvar="GRPC_BATCHER_BENCH_ADDRESS")
 @click.option(
     "--callers",
     type=_counts,
     metavar="N,N,...",
     default="1,2,4,8,16",
-    help="Numbers of callers to measure with.",
+    help="The numbers of callers to measure with.",
 )
 @click.option(
     "--duration-s",
     type=seconds_above_0,
     metavar="SECONDS",
     default=5.0,
-    help="Seconds that are measured with each number of callers.",
+    help="How long to measure each number of callers.",
 )
-@click.option("--warm-up-s", type=seconds, default=1.0, help="Seconds that callers ask before that.")
+@click.option("--warm-up-s", type=seconds, default=1.0, help="How long callers send requests before that.")
 @click.option(
-    "--payload-bytes", type=click.IntRange(0, 2**31 - 1), default=64, help="Size of a request's data, which is zeros."
+    "--payload-bytes",
+    type=click.IntRange(0, MAX_MESSAGE_BYTES),
+    default=64,
+    help="Size of a request's data, all zeros.",
 )
-@click.option("--payload-file", type=FILE, help="A file with a request's data, in place of zeros.")
+@click.option("--payload-file", type=FILE, help="A file with a request's data, instead of zeros.")
 @click.option(
-    "--action", type=int, help="The action to send; it makes the requests dyna's. Without it they are repr's."
+    "--action", type=int, help="The action to send, which makes the requests dyna's. Default: repr's requests."
 )
 @click.option(
     "--timeout-s",
     type=seconds_above_0,
     metavar="SECONDS",
     default=60.0,
-    help="Seconds after which a request counts as failed.",
+    help="After how long a request counts as failed.",
 )
-@click.option(
-    "--processes", type=click.IntRange(1, 256), default=1, help="Processes among which the callers are shared."
-)
+@click.option("--processes", type=click.IntRange(1, 256), default=1, help="How many processes share the callers.")
 @click.option(
     "--max-message-bytes",
-    type=click.IntRange(1, 2**31 - 1),
-    default=64 * 1024 * 1024,
-    help="Bytes of the largest answer taken.",
+    type=click.IntRange(1, MAX_MESSAGE_BYTES),
+    default=DEFAULT_MAX_MESSAGE_BYTES,
+    help="Size of the largest answer accepted, in bytes.",
 )
 @metadata_option("as streams open")
 @security_options
-@click.option("--json", type=NEW_FILE, help="Write what was found to this file.")
-@click.option("--picture", type=NEW_FILE, help="Draw it to this file, such as bench.png.")
+@click.option("--json", type=NEW_FILE, help="Write the results to this file.")
+@click.option("--picture", type=NEW_FILE, help="Draw them to this file, such as bench.png.")
 def bench(
     address: str,
     callers: list[int],
@@ -101,18 +103,19 @@ def bench(
     picture: Path | None,
     **tls: Any,
 ) -> int:
-    """Load the running server at ADDRESS (host:port or unix:/path), and print a table by the number of callers.
+    """Load the running server at ADDRESS (host:port or unix:/path), and print a table with a row per number of callers.
 
-    Each caller asks again as soon as it is answered. The knee is the fewest callers that reach 90 % of the best
-    throughput: with more, requests mostly wait longer. One request goes ahead, to see whether there is an answer.
+    Each caller sends its next request as soon as the last is answered. The knee is the fewest callers that reach 90 %
+    of the best throughput: with more callers, requests mostly wait longer. One request goes ahead, to check that the
+    server answers.
 
-    Status 0: every request was answered. 1: some failed. 2: it could not be measured. ADDRESS may also come from
+    Status 0: every request was answered. 1: some failed. 2: nothing could be measured. ADDRESS can also be set by
     GRPC_BATCHER_BENCH_ADDRESS.
     """
     check_has_port(address)
     for option, path in (("--json", json), ("--picture", picture)):
         if path is not None and not os.access(path.parent, os.W_OK):
-            raise Failure(f"{option} {path}: there is no folder {path.parent} to write to")
+            raise Failure(f"{option} {path}: the folder {path.parent} does not exist or is not writable")
     if picture is not None:
         check_picture(picture)
     question = Question(
@@ -125,7 +128,7 @@ def bench(
         max_message_bytes=max_message_bytes,
     )
     began = datetime.now(timezone.utc)
-    gear = _ask_once(question)
+    transport = _ask_once(question)
     points = _measure(question, callers, warm_up_s, duration_s, processes)
     print("\n".join(remarks(points, processes)))
     found = knee(points)
@@ -134,7 +137,7 @@ def bench(
         "began": began.isoformat(timespec="seconds"),
         "address": address,
         "model": "repr" if action is None else "dyna",
-        "gear": gear,
+        "transport": transport,
         "payload_bytes": len(question.payload),
         "duration_s": duration_s,
         "warm_up_s": warm_up_s,
@@ -147,20 +150,20 @@ def bench(
         if json is not None:
             json.write_text(dumps(record, indent=2) + "\n")
         if picture is not None:
-            draw(points, f"{address}, {record['model']}, {len(question.payload)} bytes a request", picture)
+            draw(points, f"{address}, {record['model']}, {len(question.payload)} bytes per request", picture)
     except OSError as error:
-        raise Failure(f"can not write: {error}") from None
+        raise Failure(f"cannot write: {error}") from None
     return 1 if any(point.errors for point in points) else 0
 
 
 def _ask_once(question: Question) -> str:
-    """Send one request, and return the gear it went by. Raises Failure if it has no answer."""
+    """Send one request, and return the transport it used. Raises Failure if it gets no answer."""
     try:
         with question.connect() as client:
             question.ask(client)
-            return client.gear
+            return client.transport
     except RequestError as error:
-        raise Failure(unresolved(question.address) or f"{question.address} gave no answer: {error}") from None
+        raise Failure(unresolved(question.address) or f"{question.address} did not answer: {error}") from None
     except (TypeError, ValueError) as error:
         raise Failure(str(error)) from None
 
@@ -168,7 +171,7 @@ def _ask_once(question: Question) -> str:
 def _measure(
     question: Question, callers: list[int], warm_up_s: float, duration_s: float, processes: int
 ) -> list[Point]:
-    """Measure with each number of callers, and print a row of the table for each."""
+    """Measure each number of callers, and print a row of the table for each."""
     points = []
     with Callers(question, min(processes, callers[-1])) as asking:
         asking.wait_until_ready()
@@ -185,7 +188,7 @@ def _measure(
 
 
 class _LiveLine:
-    """How far a measurement is: one line on stderr, written over and over, and only if that is a terminal."""
+    """The progress of a measurement: one line, rewritten in place, on stderr if that is a terminal."""
 
     def __init__(self, callers: int, warm_up_s: float, duration_s: float) -> None:
         self._callers = callers

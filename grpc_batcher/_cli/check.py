@@ -1,4 +1,4 @@
-"""`grpc-batcher check`: what a container's health check calls."""
+"""`grpc-batcher check`: a container's health check."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import click
 import grpc
 
-from .._cli.options import (
+from .options import (
     Failure,
     check_has_port,
     metadata_option,
@@ -19,32 +19,32 @@ from .._cli.options import (
 )
 
 
-@click.command(short_help="Ask a server whether it serves.")
+@click.command(short_help="Ask a server whether it is serving.")
 @click.argument("address", envvar="GRPC_BATCHER_CHECK_ADDRESS")
-@click.option("--service", default="", help="The service to ask for; the server as a whole if not given.")
+@click.option("--service", default="", help="The service to ask about. Default: the server as a whole.")
 @click.option(
     "--timeout-s",
     type=seconds_above_0,
     metavar="SECONDS",
     default=5.0,
-    help="How long to wait for the answer, in seconds.",
+    help="How long to wait for the answer.",
 )
-@metadata_option("with the question")
+@metadata_option("with the query")
 @security_options
 def check(address: str, service: str, timeout_s: float, metadata: tuple[tuple[str, str], ...], **tls: Any) -> int:
-    """Ask the health service at ADDRESS (host:port or unix:/path) whether it serves.
+    """Ask the health service at ADDRESS (host:port or unix:/path) whether the server is serving.
 
     Status 0: it says SERVING. 1: it says something else, has no health service, or there is no server. 2: ADDRESS does
-    not resolve, or an option is wrong. ADDRESS may also come from GRPC_BATCHER_CHECK_ADDRESS.
+    not resolve, or an option is wrong. ADDRESS can also be set by GRPC_BATCHER_CHECK_ADDRESS.
     """
     try:
         from grpc_health.v1 import health_pb2, health_pb2_grpc
     except ImportError:
-        raise Failure('it needs grpcio-health-checking: pip install "grpc-batcher[health]"') from None
+        raise Failure('grpcio-health-checking is not installed: pip install "grpc-batcher[health]"') from None
     check_has_port(address)
     secured = security(**tls)
     credentials = secured.credentials()
-    # A container's own server is not asked through a proxy.
+    # A container asks its own server, and not through a proxy.
     options = (*secured.options(), ("grpc.enable_http_proxy", 0))
     if credentials is None:
         channel = grpc.insecure_channel(address, options)

@@ -1,7 +1,7 @@
-"""The command line: its commands, and how their errors end it. Each command has a module of its own.
+"""The command line: its commands, and what their errors print. Each command has its own module.
 
-Status 0: as asked. 1: what was asked has an answer, and it is not good (see each command). 2: it could not be done.
-An error is one line on stderr.
+Status 0: done. 1: done, and the answer is a bad one (each command says which). 2: it could not be done. Errors print
+one line to stderr.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import click
 
-from .._cli.bench import bench
-from .._cli.check import check
-from .._cli.serve import serve
 from .._version import __version__
+from .bench import bench
+from .check import check
+from .serve import serve
 
 _NAME = "grpc-batcher"
 
@@ -25,20 +25,20 @@ _COMMANDS = (serve, bench, check)
 
 
 class _Interrupted(click.ClickException):
-    """Ctrl-C, where no command makes use of it."""
+    """Ctrl-C, where no command handles it."""
 
-    exit_code = 130  # what shells say of a program that SIGINT ended
+    exit_code = 130  # what shells report for a program that SIGINT ended
 
 
 class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # of which click would make an empty line on stderr
+        except KeyboardInterrupt:  # for which click would print an empty line to stderr
             raise _Interrupted("interrupted") from None
 
 
-# --version is no setting: a container may have GRPC_BATCHER_VERSION for a purpose of its own.
+# --version is not a setting: a container may use GRPC_BATCHER_VERSION for its own purposes.
 @click.group(
     _NAME,
     cls=_Group,
@@ -47,9 +47,9 @@ class _Group(click.Group):
 )
 @click.version_option(__version__, prog_name=_NAME, message="%(prog)s %(version)s", allow_from_autoenv=False)
 def command() -> None:
-    """Serve a function to many callers in batches, and ask those that serve.
+    """Serve a function to many callers in batches, and query running servers.
 
-    Each option may come from the environment, by the name that its help gives; what is on the command line wins.
+    Every option can also be set by the environment variable its help names; the command line takes precedence.
     """
 
 
@@ -60,9 +60,9 @@ for _command in _COMMANDS:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its status. An error is a line on stderr."""
+    """Run one command line and return its status. Errors print one line to stderr."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        # Process 1 of a container has no default: without a handler it would not heed the signal while a module loads.
+        # A container's process 1 ignores signals without a handler, and loading a module may take long.
         signal.signal(signal.SIGTERM, lambda number, _frame: os._exit(128 + number))
     try:
         return int(command.main(list(arguments), prog_name=_NAME, standalone_mode=False) or 0)
@@ -76,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _command_path(arguments: Sequence[str]) -> str:
-    """The command as the user named it, where click does not say."""
+    """The command as the user typed it, where click does not say."""
     return f"{_NAME} {arguments[0]}" if arguments and arguments[0] in command.commands else _NAME
 
 

@@ -1,4 +1,4 @@
-"""What `grpc-batcher bench` finds, and how it shows it: table, knee, picture."""
+"""What `grpc-batcher bench` reports: table, knee, picture."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._cli.callers import Asked
-from .._cli.options import Failure
-from .._cli.load import percentile
+from .._server.metrics import nearest_rank
+from .callers import Asked
+from .options import Failure
 
-# The knee: the fewest callers that reach so much of the best throughput.
+# The knee: the fewest callers that reach this share of the best throughput.
 KNEE_SHARE = 0.9
 KNEE_RULE = f"the fewest callers that reach {KNEE_SHARE:.0%} of the best throughput"
 
@@ -21,13 +21,13 @@ TABLE_HEAD = f"{'callers':>8} {'requests/s':>11} {'p50 ms':>9} {'p90 ms':>9} {'p
 
 @dataclass(frozen=True)
 class Point:
-    """What so many callers saw.
+    """The result for one number of callers.
 
-    answers: those in the window, over which throughput and latencies are taken. Latencies are None without any.
-    sent: requests sent in all, also before the window.
-    errors: requests that failed, of all that were sent, by their status.
+    answers: the number of answers in the window. Throughput and latencies are theirs; latencies are None without any.
+    sent: all requests sent, including those before the window.
+    errors: how many of the requests sent failed, by status.
     silent_callers: callers without an answer in the window.
-    callers_cpu_cores: cores that the busiest process of callers used.
+    callers_cpu_cores: cores used by the busiest process of callers.
     """
 
     callers: int
@@ -46,7 +46,7 @@ class Point:
         outcome = asked.outcome
         latencies_ns = sorted(outcome.latencies_ns)
         p50_ms, p90_ms, p99_ms = (
-            percentile(latencies_ns, percent) / 1e6 if latencies_ns else None for percent in (50, 90, 99)
+            nearest_rank(latencies_ns, percent) / 1e6 if latencies_ns else None for percent in (50, 90, 99)
         )
         return cls(
             callers=len(outcome.answers),
@@ -69,34 +69,34 @@ class Point:
 
 
 def knee(points: Sequence[Point]) -> Point | None:
-    """The point that the rule names; None if nothing was answered."""
+    """Return the point that the rule picks; None if nothing was answered."""
     best = max(point.requests_per_s for point in points)
     good = [point for point in points if point.answers and point.requests_per_s >= KNEE_SHARE * best]
     return min(good, key=lambda point: point.callers, default=None)
 
 
 def remarks(points: Sequence[Point], processes: int) -> list[str]:
-    """What a reader of the table should know beside it, a line each."""
+    """Return what a reader should know besides the table, line by line."""
     lines = []
     found = knee(points)
     if found is None:
-        lines.append("Knee: none, as no request was answered.")
+        lines.append("Knee: none, because no request was answered.")
     else:
         best = max(points, key=lambda point: point.requests_per_s)
         lines.append(
             f"Knee: {_callers(found)} ({KNEE_RULE}, {best.requests_per_s:.1f} requests/s with {best.callers})."
         )
         if found is points[-1] and len(points) > 1:
-            lines.append("It is the most that was tried; more callers may reach more.")
+            lines.append("That is the highest number tried; more callers may reach more.")
     for point in points:
         for status, count in point.errors.items():
             lines.append(f"{_callers(point)}: {count} of {point.sent} requests failed with {status}.")
         if point.silent_callers:
-            lines.append(f"{_callers(point)}: {point.silent_callers} of them had no answer in time.")
+            lines.append(f"{_callers(point)}: {point.silent_callers} of them got no answer in time.")
     if (busiest := max(point.callers_cpu_cores for point in points)) >= 0.9:
         lines.append(
-            f"A process of callers used {busiest:.1f} cores, which may be the limit that was found; try "
-            f"--processes {2 * processes} if this machine has more."
+            f"A process of callers used {busiest:.1f} cores, which may have been the limit; try --processes "
+            f"{2 * processes} if this machine has more."
         )
     return lines
 
@@ -106,8 +106,8 @@ def _callers(point: Point) -> str:
 
 
 def check_picture(path: Path) -> None:
-    """Raises Failure if no picture could be drawn there, before time is spent on measuring."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # or it tells of its font cache
+    """Raise Failure, before time is spent on measuring, if no picture could be drawn there."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # or it reports on its font cache
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -115,12 +115,12 @@ def check_picture(path: Path) -> None:
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
         raise Failure(
-            f"--picture {path}: its name must end in one of {', '.join('.' + each for each in sorted(known))}"
+            f"--picture {path}: its name must end with one of {', '.join('.' + each for each in sorted(known))}"
         )
 
 
 def draw(points: Sequence[Point], title: str, path: Path) -> None:
-    """Draw throughput and latency by the number of callers. Raises OSError."""
+    """Draw throughput and latency against the number of callers. Raises OSError."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")

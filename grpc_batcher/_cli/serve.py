@@ -1,4 +1,4 @@
-"""`grpc-batcher serve`: a batcher for a function that can be imported."""
+"""`grpc-batcher serve`: a batcher for any importable function."""
 
 from __future__ import annotations
 
@@ -19,65 +19,92 @@ from typing import Any
 import click
 import grpc
 
-from .._server.batcher import MukoeBatcher, create_batcher
-from .._cli.options import FILE, Failure, read_certificates, read_pair, seconds
-from .._errors import BindError
+from .._contract import is_unix_socket
+from .._errors import BatcherError
 from .._models import MODELS
+from .._server.batcher import MukoeBatcher
+from .._server.create import create_batcher
+from .options import FILE, Failure, read_certificates, read_pair, seconds
 
 _logger = logging.getLogger("grpc_batcher")
 
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(create_batcher).parameters.items()}
 
 
-# Where an option has the name of a parameter of create_batcher, it goes there, and is checked there.
+# Options named like a parameter of create_batcher are passed on, and checked there.
 @click.command(short_help="Serve a function.")
 @click.argument("function", metavar="MODULE:FUNCTION", envvar="GRPC_BATCHER_SERVE_FUNCTION")
 @click.option("--model", type=click.Choice(list(MODELS)), required=True, help="The kind of request to serve.")
-@click.option("--batch-size", type=int, required=True, help="Most requests that the function gets at once.")
+@click.option("--batch-size", type=int, required=True, help="The most requests that the function gets at once.")
 @click.option(
     "--batch-timeout-s",
     type=float,
     required=True,
-    help="Seconds for which the oldest request waits for others, at most; 0: not at all.",
+    help="How many seconds the oldest request waits for others at most; 0: not at all.",
 )
 @click.option("--host", default=_DEFAULTS["host"], help="The address to listen on, or unix:/path for a unix socket.")
-@click.option("--port", type=int, default=_DEFAULTS["port"], help="The TCP port; 0: one of the system's choice.")
-@click.option("--tls-cert", type=FILE, help="The server's certificate with its chain, in PEM. Plaintext if not given.")
+@click.option("--port", type=int, default=_DEFAULTS["port"], help="The TCP port; 0: the system chooses.")
+@click.option("--tls-cert", type=FILE, help="The server's certificate and its chain, in PEM. Default: plaintext.")
 @click.option("--tls-key", type=FILE, help="The private key of --tls-cert, in PEM.")
-@click.option("--tls-client-ca", type=FILE, help="In PEM: callers must show a certificate that one of these signed.")
+@click.option("--tls-client-ca", type=FILE, help="In PEM: callers must present a certificate signed by one of these.")
 @click.option(
     "--health/--no-health",
     default=None,
     show_default="on where grpcio-health-checking is installed",
-    help="Serve gRPC's health service, which `check` asks.",
+    help="Serve gRPC's health service, which `check` queries.",
 )
 @click.option(
-    "--reflection/--no-reflection", default=_DEFAULTS["reflection"], help="Serve gRPC's reflection, for grpcurl."
+    "--reflection/--no-reflection",
+    default=_DEFAULTS["reflection"],
+    help="Serve gRPC's reflection service, for grpcurl.",
+)
+@click.option("--metrics-port", type=click.IntRange(0, 65535), help="The port for Prometheus metrics. Default: none.")
+@click.option(
+    "--metrics-host",
+    show_default="that of --host, or 127.0.0.1 if that is a unix socket",
+    help="The address to serve Prometheus metrics on.",
+)
+@click.option("--track-metrics/--no-track-metrics", default=_DEFAULTS["track_metrics"], help="Measure durations.")
+@click.option(
+    "--grace-s", type=seconds, default=5.0, help="How many seconds requests get to be answered after SIGTERM or SIGINT."
 )
 @click.option(
-    "--metrics-port", type=click.IntRange(0, 65535), help="Port on which Prometheus finds metrics; none if not given."
+    "--max-queue-size",
+    type=int,
+    show_default="the larger of 8192 and twice --batch-size",
+    help="The most requests that may wait.",
 )
-@click.option("--metrics-host", default="0.0.0.0", help="The address to listen on for Prometheus.")
-@click.option("--track-metrics/--no-track-metrics", default=_DEFAULTS["track_metrics"], help="Measure times.")
 @click.option(
-    "--grace-s", type=seconds, default=5.0, help="Seconds that requests get to be answered after SIGTERM or SIGINT."
+    "--max-queue-bytes",
+    type=int,
+    default=_DEFAULTS["max_queue_bytes"],
+    help="The most bytes that waiting requests may hold together.",
 )
-@click.option("--max-queue-size", type=int, default=_DEFAULTS["max_queue_size"], help="Most requests that may wait.")
-@click.option("--max-streams", type=int, default=_DEFAULTS["max_streams"], help="Most streams of callers open at once.")
 @click.option(
-    "--max-message-bytes", type=int, default=_DEFAULTS["max_message_bytes"], help="Bytes of the largest request taken."
+    "--max-streams", type=int, default=_DEFAULTS["max_streams"], help="The most callers' streams open at once."
+)
+@click.option(
+    "--max-message-bytes",
+    type=int,
+    default=_DEFAULTS["max_message_bytes"],
+    help="Size of the largest request accepted, in bytes.",
+)
+@click.option(
+    "--leave-early/--no-leave-early",
+    default=_DEFAULTS["leave_early"],
+    help="Let a batch leave before its time once no known caller could still join it.",
 )
 @click.option(
     "--interceptor",
     multiple=True,
     metavar="MODULE:OBJECT",
-    help="A gRPC server interceptor, such as one that checks a token. May be given again.",
+    help="A gRPC server interceptor, for instance one that checks a token. Repeatable.",
 )
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
-    help="What to log, on stderr.",
+    help="What to log to stderr.",
 )
 def serve(
     function: str,
@@ -85,24 +112,24 @@ def serve(
     tls_key: Path | None,
     tls_client_ca: Path | None,
     health: bool | None,
-    metrics_host: str,
+    metrics_host: str | None,
     metrics_port: int | None,
     grace_s: float,
     interceptor: Sequence[str],
     log_level: str,
     **parameters: Any,
 ) -> None:
-    """Serve a FUNCTION that MODULE has, as in `serve package.module:function`. It is imported from the current folder.
+    """Serve a FUNCTION of MODULE, as in `serve package.module:function`, importing it from the current folder.
 
-    It gets a list of requests and returns a list with a (dictionary, step) for each, as create_batcher's callback does.
-    SIGTERM or SIGINT ends it: requests that were taken in are answered first, and the status is 0. MODULE:FUNCTION may
-    also come from GRPC_BATCHER_SERVE_FUNCTION.
+    It gets a list of requests and returns a list with one (dictionary, step) for each, like create_batcher's callback.
+    SIGTERM or SIGINT ends the server: it answers the requests that it has taken in, and the status is 0.
+    MODULE:FUNCTION can also be set by GRPC_BATCHER_SERVE_FUNCTION.
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     credentials = _credentials(tls_cert, tls_key, tls_client_ca)
     callback = _imported(function)
     if not callable(callback):
-        raise Failure(f"{function!r} is {callback!r:.100}, which can not be called")
+        raise Failure(f"{function!r} is {callback!r:.100}, which is not callable")
     try:
         batcher = create_batcher(
             batch_process_fn=callback,
@@ -113,15 +140,18 @@ def serve(
         )
     except (ValueError, TypeError) as error:
         raise Failure(re.sub(r"^\w+(?= is )", lambda name: _option(name[0]), str(error))) from None
-    except ImportError as error:  # of an extra
+    except ImportError as error:  # an extra is missing
         raise Failure(str(error)) from None
-    # The metrics first: a batcher that takes requests must not end because of their port.
+    # The metrics first: a batcher that accepts requests must not end because of their port.
     if metrics_port is not None:
+        if metrics_host is None:
+            host = parameters["host"].strip("[]")
+            metrics_host = "127.0.0.1" if is_unix_socket(host) else host
         print(f"metrics on http://{_serve_metrics(batcher, metrics_host, metrics_port)}/metrics", flush=True)
     threading.Thread(target=_announce, args=(batcher,), daemon=True).start()
     try:
         batcher.serve_forever(grace_s)
-    except (BindError, ValueError) as error:
+    except (BatcherError, ValueError) as error:
         raise Failure(str(error)) from None
 
 
@@ -147,7 +177,7 @@ def _imported(name: str) -> Any:
     except (Exception, SystemExit) as error:
         _logger.debug("importing %r failed", module_name, exc_info=True)
         raise Failure(
-            f"can not import {module_name!r}: {type(error).__name__}: {error} (--log-level debug shows where)"
+            f"cannot import {module_name!r}: {type(error).__name__}: {error} (--log-level debug shows where)"
         ) from None
     try:
         return attrgetter(object_name)(module)
@@ -158,12 +188,12 @@ def _imported(name: str) -> Any:
 def _interceptor(name: str) -> grpc.ServerInterceptor:
     interceptor = _imported(name)
     if not isinstance(interceptor, grpc.ServerInterceptor):
-        raise Failure(f"--interceptor {name!r} is {interceptor!r:.100}, and not a grpc.ServerInterceptor")
+        raise Failure(f"--interceptor {name!r} is {interceptor!r:.100}, which is not a grpc.ServerInterceptor")
     return interceptor
 
 
 def _serve_metrics(batcher: MukoeBatcher, host: str, port: int) -> str:
-    """Let Prometheus have the batcher's metrics, and those of the function's own; return the address."""
+    """Serve the batcher's metrics, and any of the function's own, to Prometheus; return the address."""
     try:
         from prometheus_client import REGISTRY, start_http_server
 
@@ -171,18 +201,18 @@ def _serve_metrics(batcher: MukoeBatcher, host: str, port: int) -> str:
     except ImportError:
         raise Failure('--metrics-port needs prometheus-client: pip install "grpc-batcher[prometheus]"') from None
     if port and port == batcher.port:
-        raise Failure(f"--metrics-port {port} is --port, too; they must differ")
+        raise Failure(f"--metrics-port and --port are both {port}; they must differ")
     try:
         server, _thread = start_http_server(port, host)
     except (OSError, UnicodeError) as error:
-        raise Failure(f"--metrics-port: can not listen on {host}:{port}: {error}") from None
+        raise Failure(f"--metrics-port: cannot listen on {host}:{port}: {error}") from None
     REGISTRY.register(BatcherCollector(batcher))
     return f"[{host}]:{server.server_port}" if ":" in host else f"{host}:{server.server_port}"
 
 
 def _announce(batcher: MukoeBatcher) -> None:
-    """Say that it serves, once it does and signals are heeded: `serve_forever` returns too late for that."""
-    with suppress(RuntimeError):  # it is over before it began
+    """Print that it is serving, once it is and handles signals: `serve_forever` returns too late for that."""
+    with suppress(RuntimeError):  # it ended before it began
         batcher.wait_until_ready()
         print(f"serving {batcher.metrics().model!r} on {batcher.address}", flush=True)
 

@@ -1,31 +1,34 @@
-"""A client's open streams: lent to one request at a time, closed when idle for long or when a request takes too long.
+"""A client's open streams: lent to one request at a time, closed after a long idle time or when a request times out.
 
-A new call costs gRPC several times what a message on an open stream does, so a stream is kept for the next request.
+Opening a call costs gRPC several times what a message on an open stream does, so streams are kept for later requests.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+import weakref
 from typing import Any
 
 import grpc
 
-from .. import _process as _forks
-from .._transport.choice import ClientStream, open_stream
+from .. import _process
+from .._contract import METHOD
+from .._transport import choice
+from .._transport.interface import ClientStream
+from .connection import Connection
 
-# A stream that nobody borrowed for so long is closed.
+# A stream that nobody has borrowed for this long is closed.
 IDLE_NS = 60 * 1_000_000_000
 
-# With several servers a stream is replaced at such an age, so that one that came up gets its share. The first streams
-# all go to the server that answers first; theirs, at the least, is the age that their channel had.
-LEAST_RENEWAL_NS = 1_000_000_000
-MOST_RENEWAL_NS = 60 * 1_000_000_000
+# With several servers, a stream is replaced at an age between these, so that a server that came up gets its share. A
+# stream's limit is the age its channel had when it was opened: the first ones all go to the server that answers first.
+MIN_RENEWAL_NS = 1_000_000_000
+MAX_RENEWAL_NS = 60 * 1_000_000_000
 
 _NEVER = 2**63 - 1
 
-# What a fork left to the child of its parent's connections. To close them would write to the parent's sockets.
+# What a forked child inherited of its parent's connections. Closing them would write to the parent's sockets.
 _inherited: list[Any] = []
 
 
@@ -42,8 +45,8 @@ class _Link:
 class Loan:
     """A stream while a request has it.
 
-    timed_out: its time limit passed, and the stream was cancelled for that.
-    requests: how many were sent on it, with this one.
+    timed_out: its time limit passed, and the stream was cancelled for that reason.
+    requests: how many were sent on it, including this one.
     """
 
     def __init__(self, link: _Link, stream: ClientStream) -> None:
@@ -52,33 +55,18 @@ class Loan:
         self.timed_out = False
         self.requests = 0
         self.renewal_ns = _NEVER  # when it is too old for another request
-        self.due_ns = _NEVER  # when the request's time is over; of an idle stream, when it is to be closed
+        self.due_ns = _NEVER  # when the request times out; for an idle stream, when it is to be closed
 
 
 class StreamPool:
-    """Lends streams to a server.
+    """Lends streams to the server of a connection, which is made as late as possible, and again after it was lost."""
 
-    connect: makes a channel; called as late as possible, and again after the server was lost.
-    balanced: the channel spreads streams over several servers.
-    intercepted: the channel has interceptors.
-    """
-
-    def __init__(
-        self,
-        connect: Callable[[], grpc.Channel],
-        method: str,
-        metadata: Sequence[tuple[str, Any]],
-        *,
-        balanced: bool = False,
-        intercepted: bool = False,
-    ) -> None:
-        self._connect = connect
-        self._method = method
-        self._metadata = metadata
-        self._balanced = balanced
-        self._intercepted = intercepted
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._balanced = connection.is_balanced
         self._reset()
-        _forks.register(self)
+        _process.start_afresh_after_fork(self)
+        _open_pools.add(self)
 
     def _reset(self) -> None:
         self._changed = threading.Condition()  # reentrant: the garbage collector may close the pool at any moment
@@ -96,10 +84,12 @@ class StreamPool:
         self._closed = was_closed
 
     def borrow(self, due_ns: int | None, *, fresh: bool = False) -> Loan:
-        """Return a stream that was alive just now.
+        """Return a stream that was alive a moment ago.
 
-        due_ns: monotonic time at which the stream is to be cancelled if it was not given back; None for never.
-        fresh: open a new one in any case.
+        due_ns: monotonic time at which to cancel the stream unless it has been given back; None for never.
+        fresh: open a new one even if one is idle.
+
+        Raises RuntimeError if the client is closed, or if no thread can be started to keep the time limit.
         """
         dead = []
         try:
@@ -114,7 +104,7 @@ class StreamPool:
                     loan = self._open()
                 if due_ns is not None and not self._can_keep_time():
                     self._idle.append(loan)
-                    raise RuntimeError("no thread can be had to keep the request's time limit")
+                    raise RuntimeError("no thread can be started to keep the request's time limit")
                 loan.requests += 1
                 self._lent.add(loan)
                 self._set_due(loan, _NEVER if due_ns is None else due_ns)
@@ -141,8 +131,8 @@ class StreamPool:
     def discard(self, loan: Loan, *, server_lost: bool) -> None:
         """The request failed, and its stream with it.
 
-        server_lost: the next stream needs a new connection. On the old channel it could fail for no other reason than
-        that an attempt to connect failed a while ago.
+        server_lost: the next stream needs a new connection. On the old channel it could fail merely because an attempt
+            to connect failed a while ago.
         """
         with self._changed:
             self._lent.discard(loan)
@@ -152,7 +142,7 @@ class StreamPool:
         self._drop(loan)
 
     def close(self) -> None:
-        """End all streams; requests that have one fail. May be called again."""
+        """End all streams; requests in flight fail. May be called again."""
         with self._changed:
             self._closed = True
             link, self._link = self._link, None
@@ -165,9 +155,22 @@ class StreamPool:
         for loan in lent:
             loan.stream.cancel()
         for loan in idle:
-            self._drop(loan)  # the last of a link's streams takes the channel along
+            self._drop(loan)  # the last stream of a link takes the channel along
         if link is not None and unused:
             link.channel.close()
+
+    def close_at_exit(self) -> None:
+        """Close the connection unless a request is in flight: its daemon thread would only die with a traceback."""
+        if not self._lent:
+            self.close()
+
+    @property
+    def transport(self) -> str:
+        """The transport of the next stream."""
+        link = self._link
+        if link is None and self._connection.interceptors:
+            return "public"
+        return choice.client_transport(None if link is None else link.channel)
 
     @property
     def closed(self) -> bool:
@@ -180,14 +183,14 @@ class StreamPool:
 
     def _open(self) -> Loan:
         if self._link is None:
-            _forks.check_and_mark_used()
-            self._link = _Link(self._connect())
-        stream = open_stream(self._link.channel, self._method, self._metadata, intercepted=self._intercepted)
+            _process.check_and_mark_grpc_used()
+            self._link = _Link(self._connection.open_channel())
+        stream = choice.open_stream(self._link.channel, METHOD, self._connection.metadata)
         loan = Loan(self._link, stream)
         self._link.streams += 1
         if self._balanced:
             now_ns = time.monotonic_ns()
-            loan.renewal_ns = now_ns + min(max(now_ns - self._link.since_ns, LEAST_RENEWAL_NS), MOST_RENEWAL_NS)
+            loan.renewal_ns = now_ns + min(max(now_ns - self._link.since_ns, MIN_RENEWAL_NS), MAX_RENEWAL_NS)
         return loan
 
     def _drop(self, loan: Loan) -> None:
@@ -218,7 +221,7 @@ class StreamPool:
         return True
 
     def _keep_time(self) -> None:
-        """Cancel what is due, and sleep until the next may be. It ends when there is nothing to wait for."""
+        """Cancel what is due and sleep until the next is. Ends when nothing is left to wait for."""
         while True:
             with self._changed:
                 now_ns = time.monotonic_ns()
@@ -239,3 +242,14 @@ class StreamPool:
                     self._changed.wait(min((due_ns - now_ns) / 1e9, threading.TIMEOUT_MAX))
             for loan in idle_too_long:
                 self._drop(loan)
+
+
+_open_pools: weakref.WeakSet[StreamPool] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for pool in tuple(_open_pools):
+        pool.close_at_exit()
+
+
+_process.close_clients_at_exit(_close_all)

@@ -1,4 +1,4 @@
-"""What becomes of a callback's results: an outcome for each request, whatever the callback does."""
+"""Turns whatever a callback does into one outcome per request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _logger = logging.getLogger("grpc_batcher")
 
 
 class Failure(NamedTuple):
-    """Why a request has no answer although its batch was given to the callback."""
+    """Why a request has no answer even though the callback was given its batch."""
 
     text: str
 
@@ -20,23 +20,25 @@ class Failure(NamedTuple):
 def outcomes_of(callback: Callable[[list[Any]], Any], requests: list[Any]) -> list[Answer | Failure]:
     """Call the callback, and return one outcome per request, in order. Never raises.
 
-    The list is the callback's own: it may pad it, or consume it.
+    The callback owns the list: it may pad it, or consume it.
     """
     count = len(requests)
     try:
         results = callback(requests)
         if not isinstance(results, Sequence) or isinstance(results, (str, bytes)):
-            raise BadResultError(f"must return a list with one result per request; it is a {type(results).__name__}")
+            raise BadResultError(
+                f"must return a list with one result per request; it returned a {type(results).__name__}"
+            )
         if len(results) != count:
             raise BadResultError(f"must return one result per request; it returned {len(results)} for {count}")
         kind, results = type(results).__name__, list(results)
         if len(results) != count:
-            raise BadResultError(f"must return one result per request; its {kind} has {len(results)}")
+            raise BadResultError(f"must return one result per request; its {kind} holds {len(results)}")
     except BadResultError as error:
         _logger.error("the callback %s", error)
         return [Failure(f"the callback {error}")] * count
-    except BaseException as error:  # SystemExit and KeyboardInterrupt, too: this is not the main thread
-        _logger.exception("the callback raised, and its batch of %d requests fails", count)
+    except BaseException as error:  # even SystemExit and KeyboardInterrupt: this is not the main thread
+        _logger.exception("the callback raised, so its batch of %d requests fails", count)
         return [Failure(f"the callback raised {_text(error)}")] * count
     return [_outcome(result) for result in results]
 
@@ -50,12 +52,12 @@ def _outcome(result: Any) -> Answer | Failure:
         _logger.error("the callback's result for one request %s", error)
         return Failure(f"the callback's result for this request {error}")
     except BaseException as error:  # from methods of the result itself
-        _logger.exception("the callback's result for one request can not be read")
-        return Failure(f"the callback's result for this request can not be read: {_text(error)}")
+        _logger.exception("the callback's result for one request cannot be read")
+        return Failure(f"the callback's result for this request cannot be read: {_text(error)}")
 
 
 def _text(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
     except BaseException:
-        return f"{type(error).__name__}, whose text can not be had"
+        return f"{type(error).__name__} (its text is not available)"

@@ -1,4 +1,4 @@
-"""Who sends a batch's replies: the batch thread, unless it has something better to do."""
+"""Which thread sends a batch's replies: the batch thread, unless another batch is already due."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _logger = logging.getLogger("grpc_batcher")
 
 
 class Delivery:
-    """Hands ended tickets to the transports of their sessions.
+    """Hands ended tickets to their sessions.
 
-    The thread that ran the callback does it itself, which saves waking another, as long as no further batch is due.
-    What is left then goes to a second thread, so that replies are sent while the next callback runs.
+    The batch thread does so itself, which saves waking another, for as long as no further batch is due. What is left
+    then goes to a second thread, so that replies are sent while the next callback runs.
     """
 
     def __init__(self, room: _core.WaitingRoom) -> None:
@@ -25,22 +25,22 @@ class Delivery:
         self._thread: threading.Thread | None = None
 
     def deliver(self, tickets: list[_core.Ticket]) -> None:
-        """Deliver the tickets of a batch. To be called by one thread."""
-        for number, ticket in enumerate(tickets):
-            if ticket.owner.transport is None:  # its own thread waits for it, or the stream is over
+        """Deliver the tickets of a batch. Only one thread may call this."""
+        for index, ticket in enumerate(tickets):
+            if ticket.owner.stream is None:  # the transport's own thread waits for it, or the stream is over
                 continue
-            if self._room.is_due() and self._leave(tickets[number:]):
+            if self._room.is_due() and self._hand_over(tickets[index:]):
                 return
             _deliver(ticket)
 
     def close(self, timeout_s: float) -> None:
-        """Wait, for so long at the most, until all is delivered. To be called after the last `deliver`."""
+        """Wait until all is delivered, for `timeout_s` seconds at most. To be called after the last `deliver`."""
         if self._thread is not None:
             self._left_over.put(None)
             self._thread.join(timeout_s)
 
-    def _leave(self, tickets: list[_core.Ticket]) -> bool:
-        """Hand tickets to the second thread; False if there can be none."""
+    def _hand_over(self, tickets: list[_core.Ticket]) -> bool:
+        """Give tickets to the second thread; False if it cannot be started."""
         if self._thread is None:
             thread = threading.Thread(target=self._run, name="grpc_batcher-replies", daemon=True)
             try:
@@ -60,11 +60,9 @@ class Delivery:
 
 
 def _deliver(ticket: _core.Ticket) -> None:
-    """One reply that can not be sent must not keep others from being sent."""
-    transport = ticket.owner.transport
+    """Deliver a ticket. A reply that cannot be sent must not keep the others from being sent."""
     try:
-        if transport is not None:
-            transport.send_reply(ticket)
+        ticket.owner.deliver(ticket)
     except Exception:
-        with suppress(Exception):  # a handler of the log may raise, too
+        with suppress(Exception):  # a log handler may raise, too
             _logger.exception("a reply could not be sent")

@@ -1,4 +1,4 @@
-"""What a batcher counted: a frozen snapshot, and the recorder that it is taken from."""
+"""What a batcher counts: the recorder, and the frozen snapshot taken from it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import NamedTuple
 
-# The percentiles are of so many requests, or batches: the last ones.
+# Percentiles cover this many of the latest requests, or batches.
 PERCENTILE_WINDOW = 4096
 
-# The upper bounds of the histograms of times, in ns: half a millisecond to a minute.
+# Upper bounds of the duration histograms, in ns: half a millisecond to a minute.
 _BOUNDS_NS = tuple(
     int(bound_ms * 1e6)
     for bound_ms in (0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000)
@@ -23,7 +23,7 @@ _BOUNDS_NS = tuple(
 
 
 class Percentiles(NamedTuple):
-    """So many of a hundred were at most so large."""
+    """Nearest-rank percentiles."""
 
     p50: float
     p90: float
@@ -32,11 +32,11 @@ class Percentiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Histogram:
-    """How large the values were that were counted since the start.
+    """The distribution of all values since the start.
 
     upper_bounds: ascending; the last is infinity.
-    counts: for each bound the number of values that were at most so large; the last is the number of all.
-    sum: all values together.
+    counts: for each bound, how many values did not exceed it; the last is the number of all values.
+    sum: the sum of all values.
     """
 
     upper_bounds: tuple[float, ...]
@@ -48,23 +48,24 @@ class Histogram:
 class Metrics:
     """A batcher's counters at one moment, since it started.
 
-    model: "repr", "dyna" or another kind that is served.
-    requests: finished requests by the name of their gRPC status; "OK" for those answered.
-    batches: batches given to the callback, by the reason for which they were taken (see WaitingRoom).
+    model: the kind of request that is served, such as "repr" or "dyna".
+    requests: requests that have ended, by the name of their gRPC status; "OK" for those answered.
+    batches: batches given to the callback, by the reason they left (see WaitingRoom).
     batched_requests: requests in all those batches.
-    waiting: requests that wait for a batch now.
-    open_streams: callers' streams that are open now.
-    mean_batch_size: requests a batch.
-    mean_waiting_ms: from arrival until the batch was taken, a request.
-    mean_callback_ms: the callback's duration, a batch.
-    mean_encoding_ms: making the reply's message, a request.
-    mean_end_to_end_ms: from arrival until the reply is handed to gRPC, a request.
-    waiting_percentiles_ms, callback_percentiles_ms, end_to_end_percentiles_ms: p50, p90 and p99 of the same times, over
-        the last 4,096 of each.
+    waiting: requests waiting for a batch now.
+    waiting_bytes: bytes of their messages.
+    open_streams: callers' streams open now.
+    mean_batch_size: requests per batch.
+    mean_waiting_ms: per request, from its arrival until its batch was taken.
+    mean_callback_ms: per batch, how long the callback took.
+    mean_encoding_ms: per request, how long encoding the reply took.
+    mean_end_to_end_ms: per request, from its arrival until its reply was handed to gRPC.
+    waiting_percentiles_ms, callback_percentiles_ms, end_to_end_percentiles_ms: p50, p90 and p99 of the same durations,
+        over the last 4,096 of each.
     batch_sizes: how many requests the batches had.
-    waiting_histogram_s, callback_histogram_s, end_to_end_histogram_s: the same times, in seconds.
+    waiting_histogram_s, callback_histogram_s, end_to_end_histogram_s: the same durations, in seconds.
 
-    Means and percentiles are None where nothing was counted yet, and all that is of times with `track_metrics=False`.
+    Means and percentiles are None until something was counted, and durations are None with `track_metrics=False`.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Metrics:
     batches: Mapping[str, int]
     batched_requests: int
     waiting: int
+    waiting_bytes: int
     open_streams: int
     mean_batch_size: float | None
     mean_waiting_ms: float | None
@@ -88,11 +90,11 @@ class Metrics:
 
 
 class _Times:
-    """Durations of one kind. The recorder's lock guards it."""
+    """Durations of one kind. Guarded by the recorder's lock."""
 
     def __init__(self) -> None:
         self.sum_ns = 0
-        self.counts = [0] * (len(_BOUNDS_NS) + 1)  # each value counts in one place; adding up is left to readers
+        self.counts = [0] * (len(_BOUNDS_NS) + 1)  # not cumulative: readers add up
         self.last_ns: deque[int] = deque(maxlen=PERCENTILE_WINDOW)
 
     def add(self, duration_ns: int) -> None:
@@ -112,23 +114,22 @@ class _Times:
         if not self.last_ns:
             return None
         ordered = sorted(self.last_ns)
-        # The nearest rank: the smallest value that so many percent are no larger than.
-        return Percentiles(*(ordered[math.ceil(len(ordered) * percent / 100) - 1] / 1e6 for percent in (50, 90, 99)))
+        return Percentiles(*(nearest_rank(ordered, percent) / 1e6 for percent in (50, 90, 99)))
 
     def histogram_s(self) -> Histogram:
         return _histogram([bound_ns / 1e9 for bound_ns in _BOUNDS_NS], self.counts, self.sum_ns / 1e9)
 
 
 class Recorder:
-    """Adds up counts and times; any thread may call it.
+    """Adds up counts and durations. Any thread may call it, even from a signal handler.
 
-    timed: whether the callers should look at the clock at all.
-    batch_size: the largest batch.
+    timed: whether callers should look at the clock at all.
+    batch_size: the size of a full batch.
     """
 
     def __init__(self, *, timed: bool, batch_size: int) -> None:
         self.timed = timed
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may interrupt a thread that holds it, and call shutdown
         self._requests: Counter[str] = Counter()
         self._size_bounds = (*(2**power for power in range((batch_size - 1).bit_length())), batch_size)
         self._size_counts = [0] * (len(self._size_bounds) + 1)
@@ -139,7 +140,7 @@ class Recorder:
         self._encoding_ns = 0
 
     def batch_taken(self, size: int, waits_ns: Iterable[int]) -> None:
-        """waits_ns: of each of its requests; nothing if that is not timed."""
+        """waits_ns: how long each of its requests waited; empty if not timed."""
         with self._lock:
             self._size_counts[bisect_left(self._size_bounds, size)] += 1
             self._size_sum += size
@@ -151,7 +152,7 @@ class Recorder:
             self._callback.add(duration_ns)
 
     def request_answered(self, encoding_ns: int, end_to_end_ns: int) -> None:
-        """The times do not matter unless `timed`."""
+        """The durations are ignored unless `timed`."""
         with self._lock:
             self._requests["OK"] += 1
             if self.timed:
@@ -163,9 +164,16 @@ class Recorder:
             self._requests[status] += 1
 
     def snapshot(
-        self, *, model: str, batches: Mapping[str, int], batched_requests: int, waiting: int, open_streams: int
+        self,
+        *,
+        model: str,
+        batches: Mapping[str, int],
+        batched_requests: int,
+        waiting: int,
+        waiting_bytes: int,
+        open_streams: int,
     ) -> Metrics:
-        with self._lock:  # copies alone: the hot path waits for it
+        with self._lock:  # only to copy: the hot path waits for it
             requests = dict(self._requests)
             batch_sizes = _histogram(self._size_bounds, self._size_counts, self._size_sum)
             encoding_ns = self._encoding_ns
@@ -176,6 +184,7 @@ class Recorder:
             batches=MappingProxyType(dict(batches)),
             batched_requests=batched_requests,
             waiting=waiting,
+            waiting_bytes=waiting_bytes,
             open_streams=open_streams,
             mean_batch_size=_mean(batched_requests, sum(batches.values())),
             mean_waiting_ms=waits.mean_ms(),
@@ -193,7 +202,7 @@ class Recorder:
 
 
 def summary(metrics: Metrics, *, timed: bool) -> str:
-    """A snapshot as a few lines for people."""
+    """Return a snapshot as a few lines for people to read."""
     requests = ", ".join(f"{count} {status}" for status, count in sorted(metrics.requests.items())) or "none"
     batches = ", ".join(f"{count} {reason}" for reason, count in metrics.batches.items())
     lines = [
@@ -204,15 +213,23 @@ def summary(metrics: Metrics, *, timed: bool) -> str:
     ]
     if timed:
         lines += [
-            "  mean time in ms   (and lately: 50, 90 and 99 % took at most)",
+            "  mean time in ms   (p50, p90 and p99 of the latest)",
             f"    waiting:        {_show(metrics.mean_waiting_ms, metrics.waiting_percentiles_ms)}",
-            f"    callback:       {_show(metrics.mean_callback_ms, metrics.callback_percentiles_ms)} a batch",
+            f"    callback:       {_show(metrics.mean_callback_ms, metrics.callback_percentiles_ms)} per batch",
             f"    encoding:       {_show(metrics.mean_encoding_ms)}",
             f"    end to end:     {_show(metrics.mean_end_to_end_ms, metrics.end_to_end_percentiles_ms)}",
         ]
     else:
-        lines.append("  nothing was timed: track_metrics is False")
+        lines.append("  durations were not measured: track_metrics is False")
     return "\n".join(lines)
+
+
+def nearest_rank(ordered: Sequence[float], percent: float) -> float:
+    """Return the smallest value that at least `percent` % of the values do not exceed.
+
+    ordered: ascending, and not empty.
+    """
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 def _mean(total: float, count: int) -> float | None:

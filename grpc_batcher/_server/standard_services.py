@@ -1,19 +1,19 @@
-"""gRPC's standard services beside the batcher's own: health and reflection, each from a package of gRPC's."""
+"""gRPC's standard services, health and reflection, next to the batcher's own. Each comes from a gRPC package."""
 
 from __future__ import annotations
 
 import grpc
 
-from .._server.session import SERVICE_NAME
+from .._contract import SERVICE_NAME
 
 # gRPC's health checking protocol: this name stands for the whole server.
 _WHOLE_SERVER = ""
 
 
 class StandardServices:
-    """What `health` and `reflection` of create_batcher ask for; nothing if neither does.
+    """The services that create_batcher's `health` and `reflection` ask for.
 
-    Raises ImportError that says what to install.
+    Raises ImportError saying what to install.
     """
 
     def __init__(self, *, health: bool, reflection: bool) -> None:
@@ -24,7 +24,7 @@ class StandardServices:
                 import grpc_health.v1.health as health_module
             except ImportError as error:
                 raise _missing("health", "grpcio-health-checking") from error
-            # A Watch parks a thread. Without one, `set` would wait for watchers that do not read.
+            # A Watch parks a thread. Otherwise `set` would wait for watchers that do not read.
             self._health = health_module.HealthServicer(experimental_non_blocking=False)
             self.say_serving(False)
         if reflection:
@@ -42,11 +42,11 @@ class StandardServices:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             names.append(health.SERVICE_NAME)
         if self._reflection is not None:
-            # What it says of them it finds in protobuf's default pool, where `_proto` has put the contract.
+            # It finds their descriptors in protobuf's default pool, where `_proto` has put the contract.
             self._reflection.enable_server_reflection((*names, self._reflection.SERVICE_NAME), server)
 
     def say_serving(self, is_serving: bool) -> None:
-        """Set what Check answers, and tell whoever watches."""
+        """Set what Check answers, and notify watchers."""
         if self._health is not None:
             from grpc_health.v1.health_pb2 import HealthCheckResponse
 
@@ -57,5 +57,5 @@ class StandardServices:
 
 def _missing(argument: str, package: str) -> ImportError:
     return ImportError(
-        f'{argument}=True needs {package}, which can not be imported here; pip install "grpc-batcher[{argument}]"'
+        f'{argument}=True needs {package}, which cannot be imported here: pip install "grpc-batcher[{argument}]"'
     )

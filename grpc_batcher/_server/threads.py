@@ -13,12 +13,12 @@ _logger = logging.getLogger("grpc_batcher")
 
 
 class DaemonThreadPool(Executor):
-    """Runs every call at once, on a thread that idles or else on a new one.
+    """Runs every call at once, on an idle thread or else on a new one.
 
-    `concurrent.futures.ThreadPoolExecutor` can grow likewise, but the interpreter waits for its threads before it
-    runs exit handlers; a program that never shuts its server down could then not end.
+    `concurrent.futures.ThreadPoolExecutor` can grow the same way, but the interpreter waits for its threads before it
+    runs exit handlers, so a program that never shuts its server down could not end.
 
-    idle_s: after so many seconds without work a thread ends.
+    idle_s: how many seconds without work a thread lives.
     """
 
     def __init__(self, name: str, idle_s: float = 10.0) -> None:
@@ -39,12 +39,13 @@ class DaemonThreadPool(Executor):
         try:
             threading.Thread(target=self._run, name=self._name, daemon=True).start()
         except RuntimeError as error:
-            # gRPC's polling thread is the caller, and must not die of this. A thread that gets free takes the work.
-            _logger.error("no thread for a new stream, which waits for another to end: %s", error)
+            # gRPC's polling thread is the caller, and must survive this. The next thread that becomes free takes the
+            # work.
+            _logger.error("no thread for a new stream, which waits until another stream ends: %s", error)
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Let idle threads end now, and busy ones after their work. Never waits: they are daemons."""
+        """End idle threads now, and busy ones after their work. Never waits: they are daemons."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

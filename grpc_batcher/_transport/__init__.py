@@ -1,0 +1,1 @@
+"""How bytes move between gRPC and either end of a stream. `interface` is the way in."""

@@ -1,90 +1,118 @@
-"""Which way bytes take between gRPC and this library: the direct gear where it works, else the public one.
+"""Which transport carries a stream: direct where grpcio allows it, public elsewhere.
 
-GRPC_BATCHER_GEAR=public (or direct) in the environment chooses, before the library is imported; server/client, such as
-public/direct, chooses for each end.
+Server and client choose separately, and a client chooses per channel. GRPC_BATCHER_TRANSPORT in the environment, read
+when the package is imported, asks for one transport ("public" or "direct") or for one per end ("public/direct": the
+server's, then the client's).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
 
 import grpc
 
-from .._transport import direct as _direct
-from .. import _process as _forks
-from .._transport import public as _public
-from .._server.session import Session
+from .. import _process
+from . import direct_server, grpcio_private, public
+from .direct_client import DirectClientStream
+from .interface import ClientStream, Metadata, ServerSession
 
 _logger = logging.getLogger("grpc_batcher")
 
-
-class ClientStream(Protocol):
-    """One open stream to a server, for one request at a time."""
-
-    def exchange(self, message: bytes) -> bytes | None: ...
-    def is_alive(self) -> bool: ...
-    def cancel(self) -> None: ...
-    def close(self) -> None: ...
+_VARIABLE = "GRPC_BATCHER_TRANSPORT"
 
 
-def server_gear() -> str:
-    """The gear of the streams that callers open from now on."""
-    return _server
+class _End:
+    """The choice of the process's servers, or of its clients.
 
-
-def client_gear() -> str:
-    """The gear of the streams that this process opens from now on."""
-    return _client
-
-
-def stream_handler(open_session: Callable[[grpc.ServicerContext], Session]) -> grpc.RpcMethodHandler:
-    """Return what serves a stream that a caller opens now."""
-    if _server == "direct":
-        return _direct.stream_handler(open_session, _give_up_direct)
-    return _public.stream_handler(open_session)
-
-
-def open_stream(
-    channel: grpc.Channel, method: str, metadata: Sequence[tuple[str, Any]] = (), *, intercepted: bool = False
-) -> ClientStream:
-    """Open a stream to a server.
-
-    intercepted: the channel has interceptors, which only the public API runs.
+    why_public: why this end uses the public transport, or None if it uses the direct one.
     """
-    if _client == "direct" and not intercepted:
+
+    def __init__(self, name: str, wanted: str) -> None:
+        self._name = name
+        self.why_public = None if wanted == "direct" else f"{_VARIABLE} asks for it"
+
+    @property
+    def transport(self) -> str:
+        return "direct" if self.why_public is None else "public"
+
+    def give_up_direct(self, problem: object) -> None:
+        """Use the public transport from now on: grpcio lacks something, or does not behave as expected."""
+        if self.why_public is None:
+            self.why_public = f"grpcio {grpc.__version__} does not suit the direct one: {problem}"
+            _logger.warning(
+                "this process's %ss use the public transport, which is slower; %s", self._name, self.why_public
+            )
+
+
+def server_transport() -> str:
+    """Return the transport of streams that callers open from now on, unless an interceptor wraps their handler."""
+    return _server.transport
+
+
+def client_transport(channel: grpc.Channel | None) -> str:
+    """Return the transport of streams on this channel; None stands for one that grpcio makes and nothing wraps."""
+    return "public" if _why_public(channel) else "direct"
+
+
+def stream_handler(open_session: Callable[[grpc.ServicerContext], ServerSession]) -> grpc.RpcMethodHandler:
+    """Return what serves a stream that a caller opens now."""
+    if _server.why_public is None:
+        return direct_server.stream_handler(open_session, _server.give_up_direct)
+    return public.stream_handler(open_session)
+
+
+def open_stream(channel: grpc.Channel, method: str, metadata: Metadata) -> ClientStream:
+    """Open a stream to a server."""
+    if _why_public(channel) is None:
         try:
-            return _direct.ClientStream(channel, method, metadata, _give_up_direct)
+            return DirectClientStream(channel, method, metadata, _client.give_up_direct)
         except (AttributeError, TypeError) as error:
-            _give_up_direct(error)
-    return _public.ClientStream(channel, method, metadata)
+            _client.give_up_direct(error)
+    return public.PublicClientStream(channel, method, metadata)
 
 
-def _give_up_direct(why: object) -> None:
-    global _server, _client
-    if "direct" in (_server, _client):
-        _server = _client = "public"
-        _logger.warning(
-            "grpcio %s is not as the direct gear needs it (%s); the public gear serves, at less speed",
-            grpc.__version__,
-            why,
-        )
+def log_client_transport(address: str, channel: grpc.Channel) -> None:
+    """Say which transport a new channel uses, and why if it is the public one."""
+    why = _why_public(channel)
+    _logger.debug(
+        "connecting to %s with the %s transport%s", address, client_transport(channel), f": {why}" if why else ""
+    )
 
 
-def _chosen() -> tuple[str, str]:
-    wanted = os.environ.get("GRPC_BATCHER_GEAR") or "direct"
+def _why_public(channel: grpc.Channel | None) -> str | None:
+    if _client.why_public is not None:
+        return _client.why_public
+    if channel is not None and (wrapper := grpcio_private.wrapped_by(channel)):
+        return f"the channel is a {wrapper}, and only grpcio's public API runs what wraps a channel"
+    return None
+
+
+def _wanted() -> tuple[str, str]:
+    wanted = os.environ.get(_VARIABLE) or "direct"
     server, _, client = wanted.partition("/")
     client = client or server
     if not {server, client} <= {"direct", "public"}:
-        raise ImportError(f"GRPC_BATCHER_GEAR is {wanted!r} in the environment; it must be 'direct' or 'public'")
-    if _forks.supported and client == "direct":
-        # In a forked child grpcio waits for the calls of its parent's channels, and those of this gear never end there.
-        client = "public"
+        raise ImportError(
+            f"{_VARIABLE} is {wanted!r} in the environment; it must be 'direct', 'public', or one for each end such as "
+            "'public/direct'"
+        )
     return server, client
 
 
-_server, _client = _chosen()
-if missing := _direct.missing():
-    _give_up_direct(missing)
+_server, _client = (_End(*end) for end in zip(("server", "client"), _wanted(), strict=True))
+if problem := grpcio_private.missing_for_server():
+    _server.give_up_direct(problem)
+if problem := grpcio_private.missing_for_client():
+    _client.give_up_direct(problem)
+if _process.fork_support_is_on and _client.why_public is None:
+    # In a forked child grpcio waits for the calls of its parent's channels, and those of the direct transport never
+    # end.
+    _client.why_public = "GRPC_ENABLE_FORK_SUPPORT is on, which the direct one does not support"
+if grpcio_private.is_newer_than_tested() and "direct" in (_server.transport, _client.transport):
+    _logger.debug(
+        "grpcio %s is newer than any that was tested (%s); the direct transport is used all the same",
+        grpc.__version__,
+        ".".join(map(str, grpcio_private.NEWEST_TESTED_GRPCIO)),
+    )

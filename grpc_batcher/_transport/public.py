@@ -1,59 +1,54 @@
-"""The gear that uses nothing but grpcio's public API. It works with every grpcio."""
+"""The public transport: nothing but grpcio's public API, so it works with every grpcio and behind every interceptor."""
 
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import grpc
 
-from .._server.session import Session, StreamEnd, set_status
+from .interface import Metadata, ServerSession, StreamEnd
 
 
-def stream_handler(open_session: Callable[[grpc.ServicerContext], Session]) -> grpc.RpcMethodHandler:
-    """Return a handler that serves each stream on a thread of its own, which waits while its request does."""
+def stream_handler(open_session: Callable[[grpc.ServicerContext], ServerSession]) -> grpc.RpcMethodHandler:
+    """Return a handler that serves each stream on its own thread, which waits while the stream's request does."""
     return grpc.stream_stream_rpc_method_handler(partial(serve, open_session))
 
 
 def serve(
-    open_session: Callable[[grpc.ServicerContext], Session], messages: Iterator[bytes], context: grpc.ServicerContext
+    open_session: Callable[[grpc.ServicerContext], ServerSession],
+    messages: Iterator[bytes],
+    context: grpc.ServicerContext,
 ) -> Iterator[bytes]:
     """Yield the replies to a stream's messages."""
     try:
         session = open_session(context)
     except StreamEnd as end:
-        set_status(context, end)
+        end.set_on(context)
         return
     try:
         if not context.add_callback(session.close):
             return
         for message in messages:
-            yield _reply_to(session, message)
+            yield session.exchange(message)
             del message  # an idle stream keeps nothing alive
             session.replied()
     except StreamEnd as end:
-        set_status(context, end)
+        end.set_on(context)
     finally:
         session.close()
 
 
-def _reply_to(session: Session, message: bytes) -> bytes:
-    ticket = session.accept(message)
-    ticket.wait()
-    return session.reply(ticket)
+class PublicClientStream:
+    """A ClientStream on any channel."""
 
-
-class ClientStream:
-    """One open stream to a server, for one request at a time."""
-
-    def __init__(self, channel: grpc.Channel, method: str, metadata: Sequence[tuple[str, Any]]) -> None:
+    def __init__(self, channel: grpc.Channel, method: str, metadata: Metadata) -> None:
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._call = channel.stream_stream(method)(iter(self._outbox.get, None), metadata=metadata)
 
     def exchange(self, message: bytes) -> bytes | None:
-        """Send a request and return its reply; None if the server ended the stream well and without one.
+        """Send a request and return its reply, or None if the server ended the stream with OK instead.
 
         Raises grpc.RpcError, which is also a grpc.Call.
         """
@@ -61,6 +56,7 @@ class ClientStream:
         return next(self._call, None)
 
     def is_alive(self) -> bool:
+        """Whether the stream can take another request, as far as this end knows."""
         return bool(self._call.is_active())
 
     def cancel(self) -> None:
@@ -68,6 +64,6 @@ class ClientStream:
         self._call.cancel()
 
     def close(self) -> None:
-        """Cancel the stream, and let go of the thread on which grpcio waits for its next message."""
+        """Cancel the stream, and release the thread on which grpcio waits for its next message."""
         self._call.cancel()
         self._outbox.put(None)

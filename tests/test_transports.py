@@ -1,4 +1,4 @@
-"""The choice between the gears, the direct gear's private names, and that neither leaves anything behind."""
+"""Which transport is chosen, the private names of the direct one, and that neither leaves anything behind."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ from serving import (
 )
 
 from grpc_batcher import MukoeBatcherClient, RequestError
-from grpc_batcher._transport import direct as _direct
-from grpc_batcher._transport import choice as _gears
 from grpc_batcher._models import MODELS
 from grpc_batcher._server.session import Session
+from grpc_batcher._transport import choice, direct_server, grpcio_private
 
 REQUEST_PROGRAM = """
     import logging
@@ -52,17 +51,17 @@ REQUEST_PROGRAM = """
                 except Exception as error:  # at most the stream that found the name missing
                     answer = client.send_request(b"hi")
                 assert answer == ({{"result": b"hi"}}, 0), answer
-            print("GEARS", batcher.gear, client.gear)
+            print("TRANSPORTS", batcher.transport, client.transport)
 """
 
 
-def request_program(folder: Path, break_grpcio: str = "", gear: str = "") -> tuple[str, list[str]]:
-    """Serve and send a few requests in a program; returns the gears in the end, and what was logged."""
+def request_program(folder: Path, break_grpcio: str = "", transport: str = "") -> tuple[str, list[str]]:
+    """Serve and send a few requests in a program; returns the transports in the end, and what was logged."""
     lines = run_program(
-        folder, REQUEST_PROGRAM.format(break_grpcio=break_grpcio), environment={"GRPC_BATCHER_GEAR": gear}
+        folder, REQUEST_PROGRAM.format(break_grpcio=break_grpcio), environment={"GRPC_BATCHER_TRANSPORT": transport}
     )
-    gears = [line for line in lines if line.startswith("GEARS")]
-    return gears[0].removeprefix("GEARS "), [line for line in lines if line.startswith("LOG")]
+    transports = [line for line in lines if line.startswith("TRANSPORTS")]
+    return transports[0].removeprefix("TRANSPORTS "), [line for line in lines if line.startswith("LOG")]
 
 
 @pytest.mark.parametrize(
@@ -75,30 +74,31 @@ def request_program(folder: Path, break_grpcio: str = "", gear: str = "") -> tup
         ("direct/public", "direct", "public"),
     ],
 )
-def test_the_environment_chooses_the_gear_and_a_debug_line_says_so(
+def test_the_environment_chooses_the_transport_and_a_debug_line_says_so(
     tmp_path: Path, wanted: str, server: str, client: str
 ) -> None:
-    gears, log = request_program(tmp_path, gear=wanted)
-    assert gears == f"{server} {client}"
-    assert len([line for line in log if "serving" in line and f"with the {server} gear" in line]) == 1
-    assert len([line for line in log if "connecting" in line and f"with the {client} gear" in line]) == 1
+    transports, log = request_program(tmp_path, transport=wanted)
+    assert transports == f"{server} {client}"
+    assert len([line for line in log if "serving" in line and f"with the {server} transport" in line]) == 1
+    assert len([line for line in log if "connecting" in line and f"with the {client} transport" in line]) == 1
     assert not [line for line in log if "WARNING" in line]
 
 
-def test_an_unknown_gear_is_an_error_on_import(tmp_path: Path) -> None:
+def test_an_unknown_transport_is_an_error_on_import(tmp_path: Path) -> None:
     program = """
         try:
             import grpc_batcher
         except ImportError as error:
             print(error)
     """
-    assert run_program(tmp_path, program, environment={"GRPC_BATCHER_GEAR": "fast"}) == [
-        "GRPC_BATCHER_GEAR is 'fast' in the environment; it must be 'direct' or 'public'"
+    assert run_program(tmp_path, program, environment={"GRPC_BATCHER_TRANSPORT": "fast"}) == [
+        "GRPC_BATCHER_TRANSPORT is 'fast' in the environment; it must be 'direct', 'public', or one for each end such as "
+        "'public/direct'"
     ]
 
 
-# The names that _direct.py says it leans on. grpcio needs them itself: a program hides them while this library is
-# imported, and puts them back.
+# The names that grpcio_private.py lists. grpcio itself needs them, so a program hides them only while it imports this
+# library.
 HIDDEN = """
     import sys, types
     import grpc, grpc._channel, grpc._server
@@ -126,22 +126,8 @@ HIDDEN = """
     sys.modules[module.__name__] = module
     setattr(package, short_name, module)
 """
-MISSING_NAMES = [
-    ("cygrpc", "Channel"),
-    ("cygrpc", "Channel.segregated_call"),
-    ("cygrpc", "PropagationConstants"),
-    ("cygrpc", "PropagationConstants.GRPC_PROPAGATE_DEFAULTS"),
-    ("cygrpc", "SegregatedCall"),
-    ("cygrpc", "SegregatedCall.cancel"),
-    ("cygrpc", "SegregatedCall.next_event"),
-    ("cygrpc", "SegregatedCall.operate"),
-    ("cygrpc", "SendInitialMetadataOperation"),
-    ("cygrpc", "ReceiveInitialMetadataOperation"),
-    ("cygrpc", "SendMessageOperation"),
-    ("cygrpc", "ReceiveMessageOperation"),
-    ("cygrpc", "ReceiveStatusOnClientOperation"),
-    ("cygrpc", "StatusCode.cancelled"),
-    ("cygrpc", "StatusCode.ok"),
+MISSING_ON_THE_SERVER = [
+    ("cygrpc", "Call.start_server_batch"),
     ("grpc._server", "_Context"),
     ("grpc._server", "_Context._rpc_event"),
     ("grpc._server", "_Context._state"),
@@ -154,21 +140,49 @@ MISSING_NAMES = [
     ("grpc._server", "_possibly_finish_call"),
     ("grpc._server", "_stream_response_in_pool"),
 ]
+MISSING_IN_THE_CLIENT = [
+    ("cygrpc", "Channel"),
+    ("cygrpc", "Channel.segregated_call"),
+    ("cygrpc", "PropagationConstants"),
+    ("cygrpc", "PropagationConstants.GRPC_PROPAGATE_DEFAULTS"),
+    ("cygrpc", "SegregatedCall"),
+    ("cygrpc", "SegregatedCall.cancel"),
+    ("cygrpc", "SegregatedCall.next_event"),
+    ("cygrpc", "SegregatedCall.operate"),
+    ("cygrpc", "SendInitialMetadataOperation"),
+    ("cygrpc", "ReceiveInitialMetadataOperation"),
+    ("cygrpc", "ReceiveStatusOnClientOperation"),
+    ("cygrpc", "StatusCode"),
+    ("cygrpc", "StatusCode.cancelled"),
+    ("grpc._channel", "Channel"),
+]
+MISSING_ON_BOTH = [
+    ("cygrpc", "SendMessageOperation"),
+    ("cygrpc", "ReceiveMessageOperation"),
+]
 
 
-@pytest.mark.parametrize(("module", "name"), MISSING_NAMES)
-def test_where_a_private_name_is_missing_the_public_gear_serves_and_one_warning_says_so(
-    tmp_path: Path, module: str, name: str
+@pytest.mark.parametrize(
+    ("module", "name", "expected"),
+    [
+        *((*missing, "public direct") for missing in MISSING_ON_THE_SERVER),
+        *((*missing, "direct public") for missing in MISSING_IN_THE_CLIENT),
+        *((*missing, "public public") for missing in MISSING_ON_BOTH),
+    ],
+)
+def test_without_a_private_name_the_end_that_needs_it_uses_the_public_transport_and_warns_once(
+    tmp_path: Path, module: str, name: str, expected: str
 ) -> None:
-    gears, log = request_program(tmp_path, break_grpcio=HIDDEN.format(module=module, name=name))
-    assert gears == "public public"
+    transports, log = request_program(tmp_path, break_grpcio=HIDDEN.format(module=module, name=name))
+    assert transports == expected
     warnings = [line for line in log if "WARNING" in line]
-    assert len(warnings) == 1
-    assert "the public gear serves" in warnings[0]
-    assert name.rpartition(".")[2] in warnings[0]
+    assert len(warnings) == expected.count("public")
+    for warning in warnings:
+        assert "use the public transport" in warning
+        assert name.rpartition(".")[2] in warning
 
 
-def test_where_grpcio_does_not_know_handlers_that_do_not_block_the_public_gear_serves(tmp_path: Path) -> None:
+def test_where_grpcio_has_no_non_blocking_handlers_the_server_uses_the_public_transport(tmp_path: Path) -> None:
     other_code = """
     import grpc._server
     whole = grpc._server._stream_response_in_pool
@@ -176,13 +190,13 @@ def test_where_grpcio_does_not_know_handlers_that_do_not_block_the_public_gear_s
     import grpc_batcher
     grpc._server._stream_response_in_pool = whole
     """
-    gears, log = request_program(tmp_path, break_grpcio=other_code)
-    assert gears == "public public"
+    transports, log = request_program(tmp_path, break_grpcio=other_code)
+    assert transports == "public direct"
     (warning,) = [line for line in log if "WARNING" in line]
     assert "experimental_non_blocking" in warning
 
 
-def test_where_grpcios_classes_are_made_otherwise_the_public_gear_serves(tmp_path: Path) -> None:
+def test_where_grpcios_classes_take_other_arguments_the_server_uses_the_public_transport(tmp_path: Path) -> None:
     other_parameters = """
     import grpc._server
     whole = grpc._server._Context
@@ -192,53 +206,55 @@ def test_where_grpcios_classes_are_made_otherwise_the_public_gear_serves(tmp_pat
     import grpc_batcher
     grpc._server._Context = whole
     """
-    gears, log = request_program(tmp_path, break_grpcio=other_parameters)
-    assert gears == "public public"
+    transports, log = request_program(tmp_path, break_grpcio=other_parameters)
+    assert transports == "public direct"
     assert len([line for line in log if "WARNING" in line]) == 1
 
 
 @pytest.mark.parametrize(
-    "other_code",
+    ("expected", "other_code"),
     [
         # The account of outstanding operations is kept in another way,
-        """
+        ("public direct", """
     import grpc._server
     whole = grpc._server._possibly_finish_call
     grpc._server._possibly_finish_call = lambda state, token: (None, ())
     import grpc_batcher
     grpc._server._possibly_finish_call = whole
-        """,
-        # or takes another argument, which shows itself in the polling thread only.
-        """
-    import grpc_batcher._transport.direct
+        """),
+        # or takes another argument, which only shows on the polling thread.
+        ("public direct", """
+    from grpc_batcher._transport import direct_server
     def changed(state, token, *, why): raise AssertionError
-    grpc_batcher._transport.direct._possibly_finish_call = changed
-        """,
+    direct_server.possibly_finish_call = changed
+        """),
         # An operation takes other parameters.
-        """
+        ("direct public", """
     import types
-    import grpc_batcher._transport.direct
-    changed = types.SimpleNamespace(**vars(grpc_batcher._transport.direct.cygrpc))
+    from grpc_batcher._transport import direct_client
+    changed = types.SimpleNamespace(**vars(direct_client.cygrpc))
     changed.SendMessageOperation = lambda message: None
-    grpc_batcher._transport.direct.cygrpc = changed
-        """,
+    direct_client.cygrpc = changed
+        """),
         # The channel beneath a channel has another name.
-        """
+        ("direct public", """
     import inspect, textwrap
     import grpc._channel
     text = textwrap.dedent(inspect.getsource(grpc._channel.Channel)).replace("self._channel", "self._renamed")
     exec(text, vars(grpc._channel))
-        """,
+        """),
     ],
     ids=["account", "polling thread", "operation", "channel"],
 )
-def test_where_grpcio_behaves_otherwise_the_public_gear_takes_over(tmp_path: Path, other_code: str) -> None:
-    gears, log = request_program(tmp_path, break_grpcio=other_code)
-    assert gears == "public public"
-    assert len([line for line in log if "the public gear serves" in line]) == 1
+def test_where_grpcio_behaves_differently_that_end_moves_to_the_public_transport(
+    tmp_path: Path, expected: str, other_code: str
+) -> None:
+    transports, log = request_program(tmp_path, break_grpcio=other_code)
+    assert transports == expected
+    assert len([line for line in log if "use the public transport" in line]) == 1
 
 
-def test_where_opening_a_stream_behaves_otherwise_the_client_goes_on_in_the_public_gear(tmp_path: Path) -> None:
+def test_where_calls_take_other_arguments_the_client_uses_the_public_transport(tmp_path: Path) -> None:
     other_parameters = """
     from grpc._cython import cygrpc
     whole = cygrpc.Channel
@@ -248,12 +264,12 @@ def test_where_opening_a_stream_behaves_otherwise_the_client_goes_on_in_the_publ
         def __getattr__(self, name): return getattr(self._whole, name)
     cygrpc.Channel = Changed
     """
-    gears, log = request_program(tmp_path, break_grpcio=other_parameters)
-    assert gears == "public public"
+    transports, log = request_program(tmp_path, break_grpcio=other_parameters)
+    assert transports == "direct public"
     assert len([line for line in log if "WARNING" in line]) == 1
 
 
-def test_where_a_call_on_the_server_behaves_otherwise_the_next_stream_gets_the_public_gear(tmp_path: Path) -> None:
+def test_where_a_servers_call_behaves_differently_the_next_stream_uses_the_public_transport(tmp_path: Path) -> None:
     """The callers of the streams until then get UNAVAILABLE, as of a server that restarts."""
     no_batches = """
     import grpc._server
@@ -265,21 +281,21 @@ def test_where_a_call_on_the_server_behaves_otherwise_the_next_stream_gets_the_p
     grpc._server._Context.__init__ = renamed
     grpc._server._Context.time_remaining = lambda self: None
     """
-    gears, log = request_program(tmp_path, break_grpcio=no_batches)
-    assert gears == "public public"
+    transports, log = request_program(tmp_path, break_grpcio=no_batches)
+    assert transports == "public direct"
     assert len([line for line in log if "WARNING" in line]) == 1
 
 
 @pytest.fixture
 def broken_streams(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[..., Any]], None]:
-    """Return a function that has a method of the server's streams, in the direct gear, done by another."""
-    if _gears.server_gear() != "direct":
-        pytest.skip("for the server's direct gear")
+    """Return a function that has a method of the server's streams, in the direct transport, done by another."""
+    if choice.server_transport() != "direct":
+        pytest.skip("for the server's direct transport")
 
     def put(name: str, function: Callable[..., Any]) -> None:
-        whole = getattr(_direct._ServerStream, name)
+        whole = getattr(direct_server.DirectServerStream, name)
         monkeypatch.setattr(
-            _direct._ServerStream, name, lambda stream, *arguments: function(partial(whole, stream), *arguments)
+            direct_server.DirectServerStream, name, lambda stream, *arguments: function(partial(whole, stream), *arguments)
         )
 
     return put
@@ -289,8 +305,8 @@ def test_an_error_in_the_polling_thread_ends_that_stream_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """gRPC's polling thread dies of an exception, and with it the server."""
-    if _gears.server_gear() != "direct":
-        pytest.skip("for the server's direct gear")
+    if choice.server_transport() != "direct":
+        pytest.skip("for the server's direct transport")
     accept = Session.accept
 
     def accept_all_but_one(session: Session, message: bytes) -> Any:
@@ -308,7 +324,7 @@ def test_an_error_in_the_polling_thread_ends_that_stream_alone(
         assert other.send_request(b"after") == ({"result": b"after"}, 0)
         assert client.send_request(b"again") == ({"result": b"again"}, 0)
         eventually(lambda: batcher.metrics().open_streams == 2)
-        assert batcher.gear == "direct"
+        assert batcher.transport == "direct"
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["the first", "a later"])
@@ -326,7 +342,7 @@ def test_a_reply_that_grpc_refuses_to_send_ends_that_stream_alone(
         other.send_request(b"before")
         if not first:
             client.send_request(b"before")
-        refused.append(_direct.cygrpc.ReceiveMessageOperation(0))
+        refused.append(grpcio_private.cygrpc.ReceiveMessageOperation(0))
         error = error_of(client.send_request, b"refused")
         assert error.code() is grpc.StatusCode.INTERNAL
         assert "gRPC refused" in error.details()
@@ -367,12 +383,12 @@ def test_a_handler_that_an_interceptor_wrapped_answers_and_ends_as_ever() -> Non
         assert len(reply.messages) == 1
         assert old_style_request(address_of(batcher), b"\xff").code is grpc.StatusCode.INVALID_ARGUMENT
         assert interceptor.streams == 3
-        assert interceptor.messages == 2 * 2 + 2 + 1  # requests and replies, also those of the direct gear's callers
+        assert interceptor.messages == 2 * 2 + 2 + 1  # requests and replies, also those of the direct transport's callers
 
 
 @pytest.mark.parametrize("kind", ["a function", "a function of anything", "a generator"])
 def test_an_interceptor_may_wrap_the_handler_by_functools(kind: str) -> None:
-    """functools.wraps copies what marks the handler of the direct gear, if that stands where it copies from."""
+    """functools.wraps copies what marks the handler of the direct transport, if that stands where it copies from."""
 
     class Wraps(grpc.ServerInterceptor):  # type: ignore[misc]
         def intercept_service(self, continuation: Callable[..., Any], details: grpc.HandlerCallDetails) -> Any:
@@ -412,10 +428,10 @@ def test_metadata_and_interceptors_of_the_client_reach_the_server() -> None:
 
     with serving(interceptors=(Look(),)) as batcher:
         with MukoeBatcherClient(address_of(batcher), metadata=(("token", "t1"),)) as client:
-            assert client.gear == _gears.client_gear()
+            assert client.transport == choice.client_transport(None)
             client.send_request(b"x")
         with MukoeBatcherClient(address_of(batcher), metadata=(("token", "t2"),), interceptors=(Token(),)) as client:
-            assert client.gear == "public"
+            assert client.transport == "public"
             assert client.send_request(b"x") == ({"result": b"x"}, 0)
     assert [metadata["token"] for metadata in seen] == ["t1", "t2"]
 

@@ -1,0 +1,79 @@
+"""The gRPC service: answers the one method of the contract, with a session for each stream."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import grpc
+
+from .. import _core
+from .._contract import METHOD
+from .._models import Model
+from .._transport import choice
+from .._transport.interface import StreamEnd
+from .metrics import Recorder
+from .session import SHUTTING_DOWN, Session
+
+
+class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Knows every open stream, and ends them all at shutdown."""
+
+    def __init__(self, room: _core.WaitingRoom, model: Model, recorder: Recorder, max_streams: int) -> None:
+        self.room = room
+        self.model = model
+        self.recorder = recorder
+        self._max_streams = max_streams
+        self._sessions: set[Session] = set()
+        self._is_closing = False
+        self._changed = threading.Condition()
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        """Return the handler of a new stream; None for methods that are not ours."""
+        if handler_call_details.method != METHOD:
+            return None
+        return choice.stream_handler(self.open_session)
+
+    def open_session(self, context: grpc.ServicerContext) -> Session:
+        """Raises StreamEnd if too many streams are open, or the batcher is shutting down."""
+        if self.room.closed:
+            raise StreamEnd(grpc.StatusCode.UNAVAILABLE, SHUTTING_DOWN)
+        with self._changed:
+            if len(self._sessions) >= self._max_streams:
+                raise StreamEnd(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    f"{self._max_streams} streams are open, which is the most allowed (max_streams)",
+                )
+            session = Session(self, context)
+            self._sessions.add(session)
+            return session
+
+    def session_closed(self, session: Session) -> None:
+        with self._changed:
+            self._sessions.discard(session)
+        self.session_changed()
+
+    def session_changed(self) -> None:
+        if self._is_closing:
+            with self._changed:
+                self._changed.notify_all()
+
+    def end_streams(self) -> None:
+        """End every stream. To be called once the room is closed and abandoned."""
+        with self._changed:
+            sessions = tuple(self._sessions)
+        for session in sessions:
+            session.shut_down()
+
+    def wait_until_replied(self, timeout_s: float) -> bool:
+        """Wait until every reply and status has been sent. To be called once the room is closed."""
+        return self._wait_for(lambda: not any(session.has_unsent_reply for session in self._sessions), timeout_s)
+
+    def wait_until_closed(self, timeout_s: float) -> bool:
+        """Wait until no stream is left. To be called after `end_streams`."""
+        return self._wait_for(lambda: not self._sessions, timeout_s)
+
+    def _wait_for(self, holds: Callable[[], bool], timeout_s: float) -> bool:
+        with self._changed:
+            self._is_closing = True
+            return self._changed.wait_for(holds, timeout_s)

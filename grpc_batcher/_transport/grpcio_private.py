@@ -1,0 +1,137 @@
+"""grpcio's private names that the direct transport uses: all of them, and only here.
+
+They are the same in grpcio 1.49.1, 1.62.3, 1.71.2 and 1.85.1. grpcio builds its own streams from each of them, so none
+is likely to change alone.
+
+Server, from grpc._server:
+    _Context._rpc_event.call.start_server_batch(operations, tag): starts operations. The polling thread calls the tag
+        with the event, and takes (state, callbacks) from it.
+    _Context._state (_RPCState): `condition` guards it; `due` holds what is outstanding, and a call is over once `due`
+    is
+        empty; `initial_metadata_allowed` says whether the next message must bring the initial metadata along.
+    _is_rpc_state_active, _possibly_finish_call, _get_initial_metadata_operation: grpcio's own tags and sends call them.
+        With them our operations stand in `due` like grpcio's own, and a stopping server waits for ours, too.
+    _stream_response_in_pool: honours a behaviour's `experimental_non_blocking`. It then passes the behaviour a function
+        that ends the call, and frees the thread when the behaviour returns.
+Client, from grpc._channel and grpc._cython.cygrpc:
+    grpc._channel.Channel: what grpc.insecure_channel returns unless something wraps it; its `_channel` is a
+        cygrpc.Channel.
+    cygrpc.Channel.segregated_call: makes a call with its own completion queue, as grpcio's blocking calls do. Its
+        result, a SegregatedCall, has `operate`, `next_event` and `cancel`, and lives while operations are outstanding.
+    PropagationConstants.GRPC_PROPAGATE_DEFAULTS, StatusCode.cancelled: constants of gRPC's C API.
+Both, from grpc._cython.cygrpc:
+    the operations that send and receive metadata, messages and the status.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import operator
+import re
+from typing import Any
+
+import grpc
+
+# The newest release that all tests passed with. A newer one is used all the same, if it passes the checks below.
+NEWEST_TESTED_GRPCIO = (1, 85)
+
+NO_FLAGS = 0
+
+# grpcio identifies outstanding operations by such tokens. A stream never has more than one of ours.
+TOKEN = "grpc_batcher"
+
+# What a tag returns for a call that is not over: no state to forget, and nobody to tell.
+UNFINISHED: tuple[Any, Any] = (None, ())
+
+_not_found: list[str] = []
+
+
+def _find(module: str, name: str) -> Any:
+    """Return a name from one of grpcio's modules; None where this grpcio lacks it."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        _not_found.append(f"{module}.{name}")
+        return None
+
+
+cygrpc = _find("grpc._cython", "cygrpc")
+get_initial_metadata_operation = _find("grpc._server", "_get_initial_metadata_operation")
+is_rpc_state_active = _find("grpc._server", "_is_rpc_state_active")
+possibly_finish_call = _find("grpc._server", "_possibly_finish_call")
+_Context = _find("grpc._server", "_Context")
+_PlainChannel = _find("grpc._channel", "Channel")
+_RPCState = _find("grpc._server", "_RPCState")
+_stream_response_in_pool = _find("grpc._server", "_stream_response_in_pool")
+
+
+def missing_for_server() -> str | None:
+    """Say what this grpcio lacks for the direct transport's server end, or return None."""
+    if absent := [name for name in _not_found if not name.startswith("grpc._channel.")]:
+        return f"there is no {absent[0]}"
+    try:
+        cygrpc.ReceiveMessageOperation(NO_FLAGS)
+        cygrpc.SendMessageOperation(b"", NO_FLAGS)
+        _check_arguments("Call.start_server_batch", None, (), None)
+        state = _RPCState()
+        operator.attrgetter("condition", "due", "initial_metadata_allowed")(state)
+        operator.attrgetter("_rpc_event", "_state", "add_callback")(_Context(None, state, None))
+        state.due.add(TOKEN)
+        finished = possibly_finish_call(state, TOKEN)
+        get_initial_metadata_operation(state, None)
+        active = is_rpc_state_active(state)
+        names = _stream_response_in_pool.__code__.co_names
+    except (AttributeError, KeyError, TypeError) as error:
+        return str(error)
+    if not active or state.due or finished != UNFINISHED:
+        return "_possibly_finish_call does not keep account of outstanding operations"
+    if "experimental_non_blocking" not in names:
+        return "a behaviour's experimental_non_blocking is unknown"
+    return None
+
+
+def missing_for_client() -> str | None:
+    """Say what this grpcio lacks for the direct transport's client end, or return None."""
+    if absent := [name for name in _not_found if not name.startswith("grpc._server.")]:
+        return f"there is no {absent[0]}"
+    try:
+        operator.attrgetter("PropagationConstants.GRPC_PROPAGATE_DEFAULTS", "StatusCode.cancelled")(cygrpc)
+        cygrpc.SendInitialMetadataOperation((), NO_FLAGS)
+        cygrpc.ReceiveInitialMetadataOperation(NO_FLAGS)
+        cygrpc.SendMessageOperation(b"", NO_FLAGS)
+        cygrpc.ReceiveMessageOperation(NO_FLAGS)
+        cygrpc.ReceiveStatusOnClientOperation(NO_FLAGS)
+        _check_arguments("Channel.segregated_call", None, 0, b"", None, None, None, None, ())
+        _check_arguments("SegregatedCall.operate", None, (), None)
+        _check_arguments("SegregatedCall.next_event", None)
+        _check_arguments("SegregatedCall.cancel", None, 0, "")
+    except (AttributeError, TypeError) as error:
+        return str(error)
+    return None
+
+
+def _check_arguments(name: str, *arguments: Any) -> None:
+    """Raise AttributeError or TypeError unless cygrpc's method of this name exists and takes these arguments."""
+    method = operator.attrgetter(name)(cygrpc)
+    try:
+        signature = inspect.signature(method)
+    except ValueError:  # an older Cython's methods, which tell nothing
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise TypeError(f"cygrpc.{name}{signature} is called otherwise: {error}") from None
+
+
+def wrapped_by(channel: grpc.Channel) -> str | None:
+    """Name the class that wraps a channel of grpcio's, or return None for a plain one."""
+    if type(channel) is _PlainChannel:
+        return None
+    return f"{type(channel).__module__}.{type(channel).__qualname__}"
+
+
+def is_newer_than_tested(version: str = grpc.__version__) -> bool:
+    """Whether no test has seen this grpcio, nor any of its minor release."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return numbers is None or (int(numbers[1]), int(numbers[2])) > NEWEST_TESTED_GRPCIO
