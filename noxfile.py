@@ -1,7 +1,7 @@
 """Run the tests with the oldest and the newest releases that the package supports, on each Python.
 
 `make matrix` runs all rows whose Python is on PATH; `nox --list` names them. Arguments after `--` go to pytest, and the
-tests heed GRPC_BATCHER_GEAR: `GRPC_BATCHER_GEAR=public nox -s "tests(3.10-oldest)" -- tests/test_client.py`.
+tests heed GRPC_BATCHER_TRANSPORT: `GRPC_BATCHER_TRANSPORT=public nox -s "tests(3.10-oldest)" -- tests/test_client.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from importlib.metadata import distributions
 from grpc_batcher import MukoeBatcherClient
 found = {each.metadata["Name"]: each.version for each in distributions()}
 print(*(f"{name} {found[name]}" for name in ("grpcio", "protobuf", "numpy", "tensorflow-cpu", "ray") if name in found))
-print("client gear:", MukoeBatcherClient("localhost:1").gear)
+print("client transport:", MukoeBatcherClient("localhost:1").transport)
 """
 
 

@@ -34,9 +34,9 @@ class Callers:
             self._jobs = list(_jobs(self.connection, *shape))
 
     def run(self, window: Window, pause_s: float = 0.0, most_requests: int | None = None) -> tuple[Outcome, str | None]:
-        """Have them ask in this window, each at most `most_requests` times. Returns the outcome and the gear."""
+        """Have them ask in this window, each at most `most_requests` times. Returns the outcome and the transport."""
         outcome = run(self._senders, self._jobs, window, pause_s=pause_s, most_requests=most_requests)
-        return outcome, self.connection.gear()
+        return outcome, self.connection.transport()
 
     def close(self) -> None:
         """Close the connection; the next `prepare` makes a new one."""
@@ -47,7 +47,7 @@ class Callers:
 def call(pipe: Pipe, kind: str, address: str) -> None:
     """The process."""
     callers = Callers(kind, address)
-    pipe.send({"gear": callers.connection.gear()})
+    pipe.send({"transport": callers.connection.transport()})
     obey(pipe, {"prepare": callers.prepare, "run": callers.run, "close": callers.close})
 
 

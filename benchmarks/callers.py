@@ -23,13 +23,13 @@ class Connection:
 
     senders: returns one sender per thread, given the number of threads. Called again, it keeps those it made.
     expected: returns the right answer to a payload.
-    gear: returns the transport of this library's client, and None for others.
+    transport: returns the transport of this library's client, and None for others.
     """
 
     senders: Callable[[int], list[Send]]
     expected: Callable[[bytes], Any]
     close: Callable[[], None]
-    gear: Callable[[], str | None] = lambda: None
+    transport: Callable[[], str | None] = lambda: None
 
 
 def connect(kind: str, address: str) -> Connection:
@@ -42,7 +42,7 @@ def _batcher(address: str) -> Connection:
         senders=lambda callers: [client.send_request] * callers,  # which has a stream per thread
         expected=_batcher_answer,
         close=client.close,
-        gear=lambda: client.gear,
+        transport=lambda: client.transport,
     )
 
 
@@ -58,7 +58,7 @@ def _batcher_each(address: str) -> Connection:
         for client in clients:
             client.close()
 
-    return Connection(_kept(open_client), _batcher_answer, close, lambda: MukoeBatcherClient(address).gear)
+    return Connection(_kept(open_client), _batcher_answer, close, lambda: MukoeBatcherClient(address).transport)
 
 
 def _batcher_answer(payload: bytes) -> tuple[dict[str, bytes], int]:

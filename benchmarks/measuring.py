@@ -90,8 +90,8 @@ def measure(
         sample.values["mean_batch"] = mean_batch
         if mean_batch < least_batch:
             sample.problems.append(f"the mean batch was {mean_batch:.1f}; it should be at least {least_batch:g}")
-        if after.get("gear") != server.ready.get("gear"):
-            sample.problems.append(f"the server's gear is now {after['gear']}")
+        if after.get("transport") != server.ready.get("transport"):
+            sample.problems.append(f"the server's transport is now {after['transport']}")
         if "open_streams" in after:
             sample.values["open_streams"] = after["open_streams"]
     return sample
@@ -147,10 +147,10 @@ def _collect(groups: Sequence[Group], window: Window, *, everyone: bool) -> Samp
     answers: list[int] = []
     everybody = Outcome()
     for group in groups:
-        outcome, gear = group.child.answer()
+        outcome, transport = group.child.answer()
         everybody.add(outcome)
-        if gear != group.child.ready["gear"]:
-            sample.problems.append(f"the callers' gear is now {gear}")
+        if transport != group.child.ready["transport"]:
+            sample.problems.append(f"the callers' transport is now {transport}")
         if group.counted:
             latencies_ns += outcome.latencies_ns
             answers += outcome.answers

@@ -18,7 +18,7 @@ from typing import Any
 
 from grpc_batcher._cli.workers import Worker, WorkerError, obey
 
-_TRANSPORT = "GRPC_BATCHER_GEAR"
+_TRANSPORT = "GRPC_BATCHER_TRANSPORT"
 
 _PROGRAM_STOP_LIMIT_S = 5.0
 

@@ -33,36 +33,38 @@ class System:
     title: its name in the table; README.md says more.
     server: returns the function and the arguments of the server's process. Raises Unavailable.
     caller: one of the kinds that callers.connect knows.
-    gear: the transport of this library that both ends use; None where there is no choice.
+    transport: the transport of this library that both ends use; None where there is no choice.
     """
 
     title: str
     server: Callable[[], tuple[Any, ...]]
     caller: str
-    gear: str | None = None
+    transport: str | None = None
 
     def spawn_server(self) -> Child:
         """Start a server, without waiting until it is ready. Raises Unavailable."""
-        return Child(f"the server of {self.title!r}", *self.server(), transport=self.gear)
+        return Child(f"the server of {self.title!r}", *self.server(), transport=self.transport)
 
     def spawn_callers(self, server: Child) -> Child:
         """Start a process of callers, without waiting until it is ready."""
         address = f"127.0.0.1:{server.ready['port']}"
-        return Child(f"callers of {self.title!r}", call, self.caller, address, transport=self.gear)
+        return Child(f"callers of {self.title!r}", call, self.caller, address, transport=self.transport)
 
     def check_ready(self, child: Child) -> None:
-        """Wait until a process is ready. Raises Unavailable if it does not use the intended gear."""
-        gear = child.ready.get("gear")
-        if gear is not None and gear != self.gear:
-            raise Unavailable(f"with this grpcio, the {gear} gear takes the place of the {self.gear} one")
+        """Wait until a process is ready. Raises Unavailable if it does not use the intended transport."""
+        transport = child.ready.get("transport")
+        if transport is not None and transport != self.transport:
+            raise Unavailable(
+                f"with this grpcio, the {transport} transport takes the place of the {self.transport} one"
+            )
 
 
-def batcher(gear: str, callback: str = "answer", caller: str = "batcher") -> System:
+def batcher(transport: str, callback: str = "answer", caller: str = "batcher") -> System:
     return System(
-        f"{gear} gear",
+        f"{transport} transport",
         lambda: (batcher_server.run, BATCH_SIZE, BATCH_TIMEOUT_S, callback),
         caller,
-        gear,
+        transport,
     )
 
 

@@ -95,10 +95,10 @@ class Soak:
         self._start_callers("its probe", Load(1, is_probe=True))
         self._start_callers("callers of both", Load(6))
         self._start_callers("mortal callers", Load(4))
-        gears = {self._servers[name].ready["gear"] for name in self._ports}
+        transports = {self._servers[name].ready["transport"] for name in self._ports}
         for child in self._callers.values():
             _ = child.ready
-        print(f"seed {self._seed}; servers on the gear {', '.join(gears)}; {self._seconds:.0f} s", flush=True)
+        print(f"seed {self._seed}; servers on transport {', '.join(transports)}; {self._seconds:.0f} s", flush=True)
 
     def _start_server(self, name: str) -> None:
         ours, theirs = spawning.Pipe(duplex=False)

@@ -70,7 +70,7 @@ def serve(pipe: Connection, seen: Connection, model: str, port: int, seed: str) 
         batcher.shutdown(grace_s)
         return sample()
 
-    pipe.send({"port": batcher.port, "gear": batcher.gear})
+    pipe.send({"port": batcher.port, "transport": batcher.transport})
     obey(pipe, faults, {"sample": sample, "stop": stop})
 
 

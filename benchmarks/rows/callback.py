@@ -20,13 +20,18 @@ CALLERS = 64
 
 
 def open_row(bench: Bench, stack: ExitStack) -> Row:
-    systems = {gear: batcher(gear, "python") for gear in (DIRECT, PUBLIC)}
+    systems = {transport: batcher(transport, "python") for transport in (DIRECT, PUBLIC)}
     cells = []
-    for gear, (server, callers) in bench.start(stack, systems).items():
-        title = systems[gear].title
+    for transport, (server, callers) in bench.start(stack, systems).items():
+        title = systems[transport].title
         cells += [
-            Cell(f"callback/alone/{gear}", f"alone: {title}", "mean_ms", partial(_alone, bench, server)),
-            Cell(f"callback/load/{gear}", f"under load: {title}", "mean_ms", partial(_loaded, bench, server, callers)),
+            Cell(f"callback/alone/{transport}", f"alone: {title}", "mean_ms", partial(_alone, bench, server)),
+            Cell(
+                f"callback/load/{transport}",
+                f"under load: {title}",
+                "mean_ms",
+                partial(_loaded, bench, server, callers),
+            ),
         ]
     return Row(cells)
 

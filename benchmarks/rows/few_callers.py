@@ -26,14 +26,21 @@ def open_row(bench: Bench, stack: ExitStack) -> Row:
     def add(key: str, title: str, server: Child, groups: Sequence[Group]) -> None:
         cells.append(Cell(f"few/{key}", title, "requests_per_s", partial(_measure_afresh, bench, server, groups)))
 
-    systems = {(callback, gear): batcher(gear, callback) for callback in _CALLBACKS for gear in (DIRECT, PUBLIC)}
-    for (callback, gear), (server, callers) in bench.start(stack, systems).items():
-        title = systems[callback, gear].title
+    systems = {
+        (callback, transport): batcher(transport, callback) for callback in _CALLBACKS for transport in (DIRECT, PUBLIC)
+    }
+    for (callback, transport), (server, callers) in bench.start(stack, systems).items():
+        title = systems[callback, transport].title
         for count, who in ((1, "a lone caller"), (8, "eight callers")):
-            add(f"{count}/{callback}/{gear}", f"{who}{_CALLBACKS[callback]}: {title}", server, shared(count, callers))
+            add(
+                f"{count}/{callback}/{transport}",
+                f"{who}{_CALLBACKS[callback]}: {title}",
+                server,
+                shared(count, callers),
+            )
         if callback == "answer":
             add(
-                f"window/{gear}",
+                f"window/{transport}",
                 f"a lone caller, window alone: {title}",
                 server,
                 (Group(callers[0], 1), Group(callers[1], 1, pause_s=_COMPANION_PAUSE_S, counted=False)),

@@ -19,11 +19,16 @@ CALLERS = 64
 
 
 def open_row(bench: Bench, stack: ExitStack) -> Row:
-    systems = {gear: batcher(gear, "native") for gear in (DIRECT, PUBLIC)}
+    systems = {transport: batcher(transport, "native") for transport in (DIRECT, PUBLIC)}
     return Row(
         [
-            Cell(f"overlap/{gear}", f"the gap: {systems[gear].title}", "p50_ms", partial(_gaps, bench, server, callers))
-            for gear, (server, callers) in bench.start(stack, systems).items()
+            Cell(
+                f"overlap/{transport}",
+                f"the gap: {systems[transport].title}",
+                "p50_ms",
+                partial(_gaps, bench, server, callers),
+            )
+            for transport, (server, callers) in bench.start(stack, systems).items()
         ]
     )
 

@@ -119,8 +119,8 @@ def run(pipe: Connection, batch_size: int, batch_timeout_s: float, callback: str
                 "batches": sum(metrics.batches.values()),
                 "batched_requests": metrics.batched_requests,
                 "open_streams": metrics.open_streams,
-                "gear": batcher.gear,
+                "transport": batcher.transport,
             }
 
-        pipe.send({"port": batcher.port, "gear": batcher.gear, "counts": True})
+        pipe.send({"port": batcher.port, "transport": batcher.transport, "counts": True})
         obey(pipe, {**commands, "counts": counts})
