@@ -33,9 +33,9 @@ class Callers:
             self._shape = shape
             self._jobs = list(_jobs(self.connection, *shape))
 
-    def run(self, window: Window, pause_s: float = 0.0, most_requests: int | None = None) -> tuple[Outcome, str | None]:
+    def run(self, window: Window, most_requests: int | None = None) -> tuple[Outcome, str | None]:
         """Have them ask in this window, each at most `most_requests` times. Returns the outcome and the transport."""
-        outcome = run(self._senders, self._jobs, window, pause_s=pause_s, most_requests=most_requests)
+        outcome = run(self._senders, self._jobs, window, most_requests=most_requests)
         return outcome, self.connection.transport()
 
     def close(self) -> None:

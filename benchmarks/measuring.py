@@ -37,15 +37,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Group:
-    """Callers in one process.
-
-    counted: whether their answers count.
-    """
+    """Callers in one process."""
 
     child: Child
     callers: int
-    pause_s: float = 0.0
-    counted: bool = True
 
 
 def measure(
@@ -73,8 +68,8 @@ def measure(
     from_ns = start_ns + int(warm_s * 1e9)
     window = Window(start_ns, from_ns, from_ns + int(window_s * 1e9))
     for group in groups:
-        group.child.tell("run", window, group.pause_s)
-    server_cpu, callers_cpu = _cores_used(window, [[server], [group.child for group in groups if group.counted]])
+        group.child.tell("run", window)
+    server_cpu, callers_cpu = _cores_used(window, [[server], [group.child for group in groups]])
     sample = _collect(groups, window, everyone=everyone)
     if not sample.values:
         return sample
@@ -143,34 +138,28 @@ def _cores_used(window: Window, teams: Sequence[Sequence[Child]]) -> list[float 
 def _collect(groups: Sequence[Group], window: Window, *, everyone: bool) -> Sample:
     """Merge what all processes saw. Without a single answer there are no values."""
     sample = Sample({}, window=window)
-    latencies_ns: list[int] = []
-    answers: list[int] = []
-    everybody = Outcome()
+    outcome = Outcome()
     for group in groups:
-        outcome, transport = group.child.answer()
-        everybody.add(outcome)
+        theirs, transport = group.child.answer()
+        outcome.add(theirs)
         if transport != group.child.ready["transport"]:
             sample.problems.append(f"the callers' transport is now {transport}")
-        if group.counted:
-            latencies_ns += outcome.latencies_ns
-            answers += outcome.answers
-    if everybody.errors:
-        sample.problems.append(f"failed requests: {dict(everybody.errors)}")
-    cold = sum(group.callers for group in groups) - everybody.warm
-    silent = answers.count(0)
-    if everybody.wrong:
-        sample.problems.append(f"{everybody.wrong} wrong answers")
+    callers = len(outcome.answers)
+    cold, silent = callers - outcome.warm, outcome.answers.count(0)
+    if outcome.errors:
+        sample.problems.append(f"failed requests: {dict(outcome.errors)}")
+    if outcome.wrong:
+        sample.problems.append(f"{outcome.wrong} wrong answers")
     if everyone and cold:
         sample.problems.append(f"{cold} callers had no answer while warming up")
     if everyone and silent:
-        sample.problems.append(f"{silent} of {len(answers)} callers had no answer in the window")
-    if latencies_ns:
-        latencies_ns.sort()
+        sample.problems.append(f"{silent} of {callers} callers had no answer in the window")
+    if latencies_ns := sorted(outcome.latencies_ns):
         sample.values = {"requests_per_s": len(latencies_ns) / window.length_s}
         for percent in (50, 90, 99):
             sample.values[f"p{percent}_ms"] = percentile(latencies_ns, percent) / 1e6
         if not everyone:
-            sample.values["silent_percent"] = 100 * silent / len(answers)
+            sample.values["silent_percent"] = 100 * silent / callers
     return sample
 
 

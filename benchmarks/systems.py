@@ -59,10 +59,10 @@ class System:
             )
 
 
-def batcher(transport: str, callback: str = "answer", caller: str = "batcher") -> System:
+def batcher(transport: str, callback: str = "answer", caller: str = "batcher", *, leave_early: bool = True) -> System:
     return System(
         f"{transport} transport",
-        lambda: (batcher_server.run, BATCH_SIZE, BATCH_TIMEOUT_S, callback),
+        lambda: (batcher_server.run, BATCH_SIZE, BATCH_TIMEOUT_S, callback, leave_early),
         caller,
         transport,
     )

@@ -94,7 +94,7 @@ def _timed_ns(steps: int) -> int:
     return time.monotonic_ns() - begin_ns
 
 
-def run(pipe: Connection, batch_size: int, batch_timeout_s: float, callback: str) -> None:
+def run(pipe: Connection, batch_size: int, batch_timeout_s: float, callback: str, leave_early: bool) -> None:
     """The process."""
     commands: dict[str, Callable[..., Any]] = {"hold": released.clear, "release": released.set}
     function: Callable[[Sequence[bytes]], Results] = answer
@@ -111,6 +111,7 @@ def run(pipe: Connection, batch_size: int, batch_timeout_s: float, callback: str
         batch_process_fn=function,
         host="127.0.0.1",
         track_metrics=False,
+        leave_early=leave_early,
     ) as batcher:
 
         def counts() -> dict[str, Any]:
