@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
 SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.py grpc_batcher/*.pyi grpc_batcher/*.pyx grpc_batcher/_proto/*)
 
-OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_leaks.py tests/test_readme.py tests/test_build_script.py,$(wildcard tests/test_*.py))
+OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_leaks.py tests/test_docs.py tests/test_build_script.py,$(wildcard tests/test_*.py))
 
 # How many tests run at once; most of them wait for something.
 TEST_PROCESSES ?= 4
@@ -70,7 +70,7 @@ wheels: $(VENV)/installed-dist
 
 # What is uploaded. The changelog must begin with the package's version, and for RELEASE=0.2.0 with that and a date.
 dist: $(VENV)/installed-test
-	$(BIN)/pytest -q tests/test_readme.py -k changelog
+	$(BIN)/pytest -q tests/test_docs.py -k changelog
 	@test -z "$(RELEASE)" || grep -qE '^## \[$(RELEASE)\] - [0-9]{4}-[0-9]{2}-[0-9]{2}$$' CHANGELOG.md || \
 		{ echo "CHANGELOG.md has no section of $(RELEASE) with a date; see docs/releasing.md" >&2; exit 1; }
 	$(MAKE) wheels

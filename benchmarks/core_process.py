@@ -1,10 +1,14 @@
-"""A process that drives the core alone, for rows/core_alone.py: threads push requests and wait, one takes batches."""
+"""A process that drives the core without gRPC, for rows/core_alone.py.
+
+`run`: threads push requests and wait, and one takes batches. `churn`: requests leave a full queue, and others come in.
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -13,14 +17,15 @@ from typing import Any
 from grpc_batcher._cli import load
 from grpc_batcher._cli.load import Job, Window, percentile
 from grpc_batcher._cli.workers import obey
-from grpc_batcher._core import WaitingRoom
+from grpc_batcher._core import Stream, WaitingRoom
 
 BATCH_SIZE = 16
 WINDOW_NS = 5_000_000
+CAPACITY = 8192  # the default of max_queue_size, and a power of two
 
 
 class CoreRoom:
-    """The library's waiting room. What a request is finished with is the moment of that, so that a waiter can tell."""
+    """The library's waiting room. A request's outcome is the time of `finish`, so that its waiter knows the delay."""
 
     def __init__(self, threads: int) -> None:
         self._room = WaitingRoom(BATCH_SIZE, WINDOW_NS, max(BATCH_SIZE, threads))
@@ -56,7 +61,7 @@ class CoreRoom:
 
 
 class QueueRoom:
-    """The same of Python's own parts: a queue in, a lock for each caller out. It takes what is there."""
+    """The same built from Python's own parts: one queue, and one lock per caller. The taker takes what is there."""
 
     def __init__(self, threads: int) -> None:
         self._queue: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
@@ -129,14 +134,53 @@ def drive(room: CoreRoom | QueueRoom, threads: int, window: Window) -> dict[str,
     }
 
 
+def churn(kept: int, window: Window) -> dict[str, Any]:
+    """Measure replacing a request of a full queue: one stream leaves, and a new one pushes. One thread, no taker.
+
+    kept: how many of the oldest requests stay where they are, so that each one that leaves has them before it.
+    """
+    room = WaitingRoom(BATCH_SIZE, WINDOW_NS, CAPACITY)
+
+    def push() -> Stream:
+        stream = room.open_stream()
+        stream.push(None)
+        return stream
+
+    streams = deque(push() for _ in range(CAPACITY))
+    for _ in range(kept):
+        streams.popleft()  # the room keeps it
+    latencies_ns: list[int] = []
+    begin_ns = time.monotonic_ns()
+    while begin_ns < window.until_ns:
+        streams.popleft().close()
+        streams.append(push())
+        end_ns = time.monotonic_ns()
+        if window.from_ns <= end_ns < window.until_ns:
+            latencies_ns.append(end_ns - begin_ns)
+        begin_ns = end_ns
+    problems = []
+    if room.waiting != CAPACITY:
+        problems.append(f"{room.waiting} of {CAPACITY} requests were waiting in the end")
+    room.abandon()
+    latencies_ns.sort()
+    return {
+        "problems": problems,
+        "requests_per_s": len(latencies_ns) / window.length_s,
+        "p50_ms": percentile(latencies_ns, 50) / 1e6,
+        "p99_ms": percentile(latencies_ns, 99) / 1e6,
+    }
+
+
 ROOMS: dict[str, Callable[[int], CoreRoom | QueueRoom]] = {"core": CoreRoom, "queue": QueueRoom}
 
 
 def run(pipe: Connection) -> None:
     """The process."""
-
-    def run_threads(room: str, threads: int, start_ns: int, from_ns: int, until_ns: int) -> dict[str, Any]:
-        return drive(ROOMS[room](threads), threads, Window(start_ns, from_ns, until_ns))
-
     pipe.send(None)
-    obey(pipe, {"run": run_threads})
+    obey(
+        pipe,
+        {
+            "run": lambda window, room, threads: drive(ROOMS[room](threads), threads, window),
+            "churn": lambda window, kept: churn(kept, window),
+        },
+    )

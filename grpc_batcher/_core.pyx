@@ -1,21 +1,21 @@
 # cython: autotestdict=False, auto_pickle=False
 """The waiting room: requests come in one by one and leave in batches.
 
-This module knows nothing of gRPC, models or messages: a request is any object, and so is its outcome.
+This module knows nothing about gRPC, models or messages. A request is any object, and so is its outcome.
 
-Lock rules, for whoever changes this file:
+Rules for changing this file:
 
-* One mutex a room guards every C field of the room, of its streams and of their tickets.
-* Nobody takes the GIL, touches a Python object or raises while it holds the mutex.
-* Nobody blocks while it holds the GIL. `_enter` takes the mutex with the GIL held, and yields both while it is taken.
-* Every wait is a loop over a predicate, until an absolute monotonic time in nanoseconds.
-* A waiting ticket is owned by its slot of the ring. Who takes it out of the ring drops that reference (or hands it
-  on), after it has left the mutex.
+* Each room has one mutex. It guards every C field of the room, of the room's streams and of their tickets.
+* Never acquire the GIL, touch a Python object or raise while holding the mutex.
+* Never block while holding the GIL. `_lock`, which is called with the GIL, yields both until it has the mutex.
+* Every wait is a loop over a predicate, with an absolute timeout in nanoseconds on the monotonic clock.
+* The ring owns one reference to each waiting ticket. Whoever removes a ticket drops that reference, or passes it on,
+  after releasing the mutex.
 * Finishing a batch wakes the threads that wait for that batch, and no others.
-* A wait in the main thread comes back every 200 ms to let signal handlers run.
-* `_pushed` and `_popped` only grow; what lies between them is the ring's content.
+* A wait on the main thread returns every 200 ms so that signal handlers can run.
+* `_pushed` and `_popped` only grow. The ring holds the positions between them.
 
-`invariant` states what must hold at a place. It is C's assert: the debug build keeps it (see setup.py).
+`invariant` states what must be true at that point. It is C's assert, which only debug builds check (see setup.py).
 """
 import threading
 
@@ -53,7 +53,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
     int pthread_cond_timedwait(pthread_cond_t *, pthread_mutex_t *, const timespec *)
 
-# Why a batch was taken. The first that holds counts, in this order.
+# Why a batch left. If several reasons hold, the first in this order counts.
 cdef enum Reason:
     NOT_DUE = -1
     FULL
@@ -63,7 +63,7 @@ cdef enum Reason:
 
 REASONS = ("full", "everyone_in", "timeout", "drain")
 
-# What became of a ticket. It is WAITING, then perhaps TAKEN, then one of the others for good.
+# A ticket is WAITING, then perhaps TAKEN, and ends in one of the other states.
 cdef enum State:
     _WAITING
     _TAKEN
@@ -75,32 +75,37 @@ cdef enum State:
 WAITING, TAKEN, FINISHED, LEFT, EXPIRED, CLOSED = _WAITING, _TAKEN, _FINISHED, _LEFT, _EXPIRED, _CLOSED
 
 cdef int64_t NEVER = INT64_MAX
+cdef int64_t NO_LIMIT = INT64_MAX
 cdef int64_t RECENT_NS = 1_000_000_000
 cdef int64_t SIGNAL_CHECK_NS = 200_000_000
 cdef int64_t MAX_WINDOW_NS = INT64_MAX // 4
 cdef int64_t MAX_CAPACITY = 1 << 30
+cdef int64_t MAX_CAPACITY_BYTES = 1 << 62
 
+# Guarded by the room's mutex.
 cdef struct stream_t:
-    ticket_t *unfinished     # its one request without an outcome, or NULL
+    ticket_t *unfinished     # the stream's one request that has not ended, or NULL
     bint is_open
     bint was_answered
-    bint is_recent           # answered within RECENT_NS: a link of the room's list, oldest answer first
+    bint is_recent           # answered within RECENT_NS, and so linked into the room's list of recent streams
     int64_t answered_ns
-    stream_t *older
+    stream_t *older          # neighbours in that list
     stream_t *newer
 
+# Guarded by the room's mutex, except `wrapper`, `deadline_ns` and `size_bytes`, which never change after `push`.
 cdef struct ticket_t:
-    PyObject *owner          # the Ticket around it
+    PyObject *wrapper        # the Ticket that contains this struct; borrowed
     stream_t *stream
     State state
-    int64_t position         # its slot is position & mask; only while it waits
+    int64_t position         # while it waits, its slot in the ring is position & mask
     int64_t pushed_ns
     int64_t taken_ns
-    int64_t deadline_ns
-    pthread_cond_t settled   # broadcast when the state is for good
-    ticket_t *next           # chains tickets on their way out of the room
+    int64_t deadline_ns      # NEVER if it has none
+    int64_t size_bytes
+    pthread_cond_t settled   # broadcast when the ticket ends
+    ticket_t *next           # links tickets that were removed from the ring and not yet handed out
 
-# Waits must not follow the wall clock: it jumps.
+# The wall clock can jump, so no wait may depend on it.
 cdef pthread_condattr_t monotonic
 pthread_condattr_init(&monotonic)
 pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC)
@@ -113,7 +118,7 @@ cdef int64_t monotonic_ns() noexcept nogil:
 
 
 cdef void wait_until(pthread_cond_t *condition, pthread_mutex_t *mutex, int64_t wake_ns) noexcept nogil:
-    """Wait for the condition until a monotonic time; may come back for no reason, as condition variables do."""
+    """Wait for the condition until a monotonic time. Spurious wake-ups are possible, as always."""
     cdef timespec wake
     if wake_ns == NEVER:
         pthread_cond_wait(condition, mutex)
@@ -124,29 +129,35 @@ cdef void wait_until(pthread_cond_t *condition, pthread_mutex_t *mutex, int64_t 
 
 
 cdef WaitingRoom room_of(Stream stream):
-    """The room of a stream; one that Python made by itself has none."""
+    """Return the room of a stream. A Stream or Ticket that was constructed directly has none."""
     if stream is None or stream._room is None:
-        raise TypeError("a Stream comes from WaitingRoom.open_stream, and a Ticket from Stream.push")
+        raise TypeError("use WaitingRoom.open_stream to create a Stream, and Stream.push to create a Ticket")
     return stream._room
 
 
-cdef bint in_main_thread():
+cdef bint in_main_thread() except -1:
     return threading.get_ident() == threading.main_thread().ident
 
 
 class QueueFullError(Exception):
-    """The room holds as many waiting requests as it may."""
+    """The request was refused because `capacity` requests are waiting."""
+
+
+class QueueBytesFullError(QueueFullError):
+    """The request was refused because the waiting requests would have more than `capacity_bytes` bytes with it."""
 
 
 class RoomClosedError(Exception):
-    """The room takes no more requests."""
+    """The request was refused because the room is closed."""
 
 
 @cython.final
 cdef class ManualClock:
-    """A clock that stands until it is set, for tests of the window.
+    """A clock that stands still until it is set, for testing windows and deadlines.
 
-    It never wakes a sleeper: use it with `poll_batch`, not with the calls that block.
+    Setting it does not wake sleeping threads: use it with `poll_batch`, not with calls that block.
+
+    now_ns: the time it shows.
     """
     cdef public int64_t now_ns
 
@@ -156,12 +167,12 @@ cdef class ManualClock:
 
 @cython.final
 @cython.freelist(64)
-@cython.no_gc_clear  # __dealloc__ needs the stream
+@cython.no_gc_clear  # __dealloc__ uses the stream
 cdef class Ticket:
-    """One request's place in the room, made by `Stream.push`.
+    """One request and what became of it. Created by `Stream.push`.
 
     request: the object that was pushed.
-    outcome: the object that `WaitingRoom.finish` was given for it, if its state is FINISHED.
+    outcome: the object that was passed to `WaitingRoom.finish`, if the state is FINISHED.
     """
     cdef ticket_t _c
     cdef Stream _stream
@@ -170,59 +181,61 @@ cdef class Ticket:
 
     def __cinit__(self):
         pthread_cond_init(&self._c.settled, &monotonic)
-        self._c.owner = <PyObject *>self
+        self._c.wrapper = <PyObject *>self
 
     def __dealloc__(self):
         cdef WaitingRoom room
         if self._c.state == _TAKEN and self._stream._room is not None:
-            # It was taken, and then thrown away without an outcome.
+            # The batch was thrown away without an outcome. The stream may push again.
             room = self._stream._room
-            room._enter()
+            room._lock()
             self._stream._c.unfinished = NULL
-            room._leave()
+            room._unlock()
         pthread_cond_destroy(&self._c.settled)
 
     @property
     def state(self):
-        """WAITING, TAKEN, or what `wait` would return."""
+        """The state now: WAITING, TAKEN, or the final state that `wait` returns."""
         cdef WaitingRoom room = room_of(self._stream)
-        room._enter()
+        room._lock()
         cdef State state = self._c.state
-        room._leave()
+        room._unlock()
         return <int>state
 
     @property
     def owner(self):
-        """What `open_stream` was given."""
+        """The object that was passed to `open_stream`."""
         room_of(self._stream)
         return self._stream._owner
 
     @property
     def pushed_ns(self):
-        """When it was pushed, on the monotonic clock."""
+        """Monotonic time of the push, in nanoseconds."""
         return self._c.pushed_ns
 
     @property
     def taken_ns(self):
-        """When it was taken in a batch, on the monotonic clock; 0 before that."""
+        """Monotonic time at which a batch took the request, in nanoseconds; 0 if none has."""
         return self._c.taken_ns
 
     def wait(self):
-        """Block, without the GIL, until the ticket's state is for good, and return it:
+        """Block, without the GIL, until the request ends, and return its final state.
 
-        FINISHED: `outcome` is there.
-        LEFT: its stream was closed.
-        EXPIRED: its deadline passed, in the ring or in the callback.
+        FINISHED: `outcome` is set.
+        LEFT: the stream was closed.
+        EXPIRED: the deadline passed, before or after a batch took the request.
         CLOSED: the room was abandoned.
+
+        On the main thread, signal handlers run meanwhile. If one raises, `wait` raises that and may be called again.
         """
         cdef WaitingRoom room = room_of(self._stream)
         cdef bint check_signals = in_main_thread()
         cdef State state
-        cdef bint left_the_ring = False
+        cdef bint was_waiting = False
         while True:
             with nogil:
-                state = room._await_settled(&self._c, check_signals, &left_the_ring)
-            if left_the_ring:
+                state = room._await_settled(&self._c, check_signals, &was_waiting)
+            if was_waiting:
                 Py_DECREF(self)
             if state > _TAKEN:
                 return <int>state
@@ -231,120 +244,157 @@ cdef class Ticket:
 
 @cython.final
 cdef class Stream:
-    """A source of single requests, made by `WaitingRoom.open_stream`. The window counts it until it is closed."""
+    """A caller's connection to the room, with one request at a time. Created by `WaitingRoom.open_stream`."""
     cdef stream_t _c
     cdef WaitingRoom _room
     cdef object _owner
 
-    def push(self, request, deadline_ns=None):
-        """Let a request in and return its Ticket; never blocks.
+    def push(self, request, deadline_ns=None, int64_t size_bytes=0):
+        """Put a request into the queue and return its Ticket. Never blocks.
 
-        deadline_ns: monotonic time from which the request is worth nothing; None for never.
+        deadline_ns: monotonic time from which the answer is useless; None for no deadline.
+        size_bytes: what the request counts towards `capacity_bytes` while it waits; at least 0.
 
-        Raises RoomClosedError or QueueFullError if the room takes no more, and RuntimeError while the stream's last
-        request has no outcome. On a stream that was closed, in an open room, the ticket is LEFT at once.
+        If the stream is closed and the room is not, the ticket's state is LEFT at once.
+
+        Raises RoomClosedError if the room is closed, QueueFullError if `capacity` requests are waiting, its subclass
+        QueueBytesFullError if the request would exceed `capacity_bytes`, RuntimeError if the stream's last request
+        has not ended, and ValueError if `size_bytes` is negative.
         """
+        if size_bytes < 0:
+            raise ValueError(f"size_bytes is {size_bytes}; it must be at least 0")
         cdef Ticket ticket = Ticket.__new__(Ticket)
         ticket._stream = self
         ticket.request = request
         ticket._c.deadline_ns = NEVER if deadline_ns is None else deadline_ns
+        ticket._c.size_bytes = size_bytes
         room_of(self)._admit(self, ticket)
         return ticket
 
     def close(self):
-        """Take the stream, and a request of it that has no outcome, out of the room. May be called again."""
+        """Close the stream. If it has a request that has not ended, that ends as LEFT. May be called again."""
         room_of(self)._dismiss(self, _LEFT)
 
 
 @cython.final
 cdef class WaitingRoom:
-    """A bounded first-in-first-out queue of requests that leave in batches.
+    """A bounded first-in, first-out queue whose requests leave in batches.
 
-    batch_size: most requests in a batch.
-    window_ns: longest time for which the oldest request waits for others while the taker is free; 0 for not at all.
-    capacity: most requests that may wait.
+    batch_size: most requests per batch, at least 1.
+    window_ns: nanoseconds that the oldest request may wait for others while the taker is free; 0 for none.
+    capacity: most requests that may wait, from 1 to 2**30.
+    capacity_bytes: most bytes that waiting requests may have in total, by the `size_bytes` they were pushed with; at
+        least 1, or None for no limit.
+    leave_early: whether a batch leaves as soon as everyone is in (see below).
     clock: a ManualClock, for tests; None for the system's monotonic clock.
 
-    Callers `open_stream`, `push` and `wait`; one taker thread alternates `take_batch` and `finish`. A batch is due
-    as soon as one of these holds, and is counted under the first that does:
+    **Use.** A caller opens a stream, pushes a request and waits for its ticket. One taker thread calls `take_batch` and
+    `finish` in turn. Every method may be called from any thread. A room must not be used in a forked child.
 
-    full: `batch_size` requests wait.
-    everyone_in: nobody could add one. Each waiting request is from a stream that was answered before, and each open
-        stream that was answered within the last second is among them. (A stream's first request proves nothing about
-        its caller.)
-    timeout: the oldest waiting request has waited `window_ns`.
+    **When a batch leaves.** A batch is due as soon as one of these holds; if several do, the first one is its reason:
+
+    full: `batch_size` requests are waiting.
+    everyone_in: no more are expected. Every waiting request is from a stream that was answered before, and every open
+        stream that was answered within the last second has a request waiting. (A stream's first request says nothing
+        about what its caller will do.) With `leave_early=False` this reason does not exist.
+    timeout: the oldest waiting request has waited for `window_ns`.
     drain: the room is closed.
 
-    Every request that `push` let in ends in exactly one way: FINISHED by `finish`, LEFT as its stream closed, EXPIRED
-    at its deadline, or CLOSED by `abandon`. It is handed out by `take_batch` at most once, and never after it ended;
-    what `finish` says of a ticket that has ended already is dropped.
+    The oldest requests leave first. Requests past their deadline are removed before the reason is decided, so it is
+    true of the requests in the batch.
 
-    `push`, `poll_batch`, `finish`, `close` and the properties never block. `take_batch` blocks until a batch is due or
-    the room is closed and empty; `Ticket.wait` until the ticket ended. Both leave the GIL to others meanwhile.
-    After `close`, `push` raises, and what waits leaves in batches at once. All calls may come from any thread; a room
-    is of no use in a forked child.
+    **How a request ends.** Each request that `push` accepts ends in exactly one way: FINISHED by `finish`, LEFT because
+    its stream closed, EXPIRED at its deadline, or CLOSED by `abandon`. A batch contains it at most once and never after
+    it has ended. An outcome for a ticket that has already ended is dropped. A deadline takes effect when somebody
+    looks: a thread in the ticket's `wait`, or the taker when a batch is due. Until then the request counts as waiting.
+
+    **Limits.** Past `capacity` or `capacity_bytes`, `push` raises at once; it never waits for space. A request larger
+    than `capacity_bytes` is refused even by an empty room. Requests count while they wait; once a batch takes them they
+    no longer do.
+
+    **What blocks.** Only `take_batch` and `Ticket.wait`, both without holding the GIL:
+
+    take_batch: until a batch is due. A push, a stream or room that closes, an expired request and the passing of time
+        can make one due. It returns None once the room is closed and no request is waiting.
+    Ticket.wait: until the request ends.
+
+    **Closing.** After `close`, `push` raises RoomClosedError, waiting requests are due at once, and batches that were
+    taken can still be finished. `abandon` also closes every stream and ends every request that has not ended as CLOSED,
+    which wakes its waiters.
     """
-    cdef pthread_mutex_t _mutex
-    cdef pthread_cond_t _due_sooner        # wakes a taker that would otherwise sleep past a due batch
-    cdef ticket_t **_ring                  # NULL where a ticket left before its turn
+    # Constant after __init__.
+    cdef ticket_t **_ring                  # a slot is NULL if its ticket was removed before its turn
     cdef int64_t _mask                     # the ring's size is a power of two: mask + 1
+    cdef int64_t _capacity_bytes           # NO_LIMIT for none
+    cdef ManualClock _clock
+    cdef readonly int64_t batch_size
+    cdef readonly int64_t window_ns
+    cdef readonly int64_t capacity
+    cdef readonly bint leave_early
+    # Guarded by the GIL.
+    cdef set _streams                      # the open ones
+    # Guarded by _mutex.
+    cdef pthread_mutex_t _mutex
+    cdef pthread_cond_t _due_sooner        # signalled when a batch is due before the taker would wake by itself
     cdef int64_t _pushed                   # next position to fill
     cdef int64_t _popped                   # oldest position that may hold a ticket
     cdef int64_t _waiting                  # tickets in the ring
-    cdef int64_t _first_timers             # ... of them, those whose stream was never answered
+    cdef int64_t _waiting_bytes            # their size_bytes, added up
+    cdef int64_t _first_timers             # tickets in the ring whose stream was never answered
     cdef int64_t _recent                   # open streams answered within the last second
-    cdef int64_t _recent_waiting           # ... of them, those with a ticket in the ring
-    cdef stream_t *_oldest_answer          # ends of the list of the recent streams
+    cdef int64_t _recent_waiting           # recent streams with a ticket in the ring
+    cdef stream_t *_oldest_answer          # the list of recent streams, in the order of their answers
     cdef stream_t *_newest_answer
-    cdef int64_t[4] _batches               # taken so far, by reason
-    cdef int64_t _batched                  # requests in them
-    cdef int64_t _takers                   # threads in take_batch that sleep
-    cdef int64_t _taker_wakes_ns           # when the last of them to fall asleep wakes by itself
+    cdef int64_t[4] _batches               # batches taken so far, by reason
+    cdef int64_t _batched                  # requests in those batches
+    cdef int64_t _takers                   # threads that sleep in take_batch
+    cdef int64_t _taker_wakes_ns           # when the one that fell asleep last wakes by itself
     cdef int64_t _closed                   # 0 or 1
-    cdef ManualClock _clock
-    cdef set _streams                      # the open ones; guarded by the GIL
-    cdef readonly int64_t batch_size
-    cdef readonly int64_t capacity
-    cdef readonly int64_t window_ns
 
     def __cinit__(self):
         pthread_mutex_init(&self._mutex, NULL)
         pthread_cond_init(&self._due_sooner, &monotonic)
 
-    def __init__(self, batch_size, window_ns, capacity, clock=None):
+    def __init__(self, batch_size, window_ns, capacity, *, capacity_bytes=None, leave_early=True, clock=None):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if not 1 <= capacity <= MAX_CAPACITY:
             raise ValueError(f"capacity is {capacity}; it must be from 1 to {MAX_CAPACITY}")
+        if capacity_bytes is not None and not 1 <= capacity_bytes <= MAX_CAPACITY_BYTES:
+            raise ValueError(f"capacity_bytes is {capacity_bytes}; it must be None or from 1 to {MAX_CAPACITY_BYTES}")
         if not 0 <= window_ns <= MAX_WINDOW_NS:
             raise ValueError(f"window_ns is {window_ns}; it must be from 0 to {MAX_WINDOW_NS}")
         if self._ring != NULL:
-            raise RuntimeError("a WaitingRoom is initialised once")
-        cdef int64_t size = 1
-        while size < capacity:
+            raise RuntimeError("this WaitingRoom is already initialised")
+        # At least half of the slots are spare. So _close_gaps, which visits every slot, runs at most once per `capacity`
+        # pushes, and a push costs O(1) on average even if the room is full and requests leave from its middle.
+        cdef int64_t size = 2
+        while size < 2 * capacity:
             size *= 2
         self._ring = <ticket_t **>PyMem_Malloc(size * sizeof(ticket_t *))
         if self._ring == NULL:
             raise MemoryError(f"a ring of {size} slots")
         self._mask = size - 1
         self.batch_size = batch_size
-        self.capacity = capacity
         self.window_ns = window_ns
+        self.capacity = capacity
+        self._capacity_bytes = NO_LIMIT if capacity_bytes is None else capacity_bytes
+        self.leave_early = leave_early
         self._clock = clock
         self._streams = set()
 
     def __dealloc__(self):
-        # Nobody waits here any more: a waiting ticket keeps its stream alive, and so this room.
+        # The ring is empty: each waiting ticket keeps its stream alive, and that this room.
         PyMem_Free(self._ring)
         pthread_cond_destroy(&self._due_sooner)
         pthread_mutex_destroy(&self._mutex)
 
-    # ---- what callers use ----
+    # ---- methods for Python ----
 
     def open_stream(self, owner=None):
-        """Return a new Stream. The room keeps it until it is closed.
+        """Return a new Stream, which the room keeps alive until it is closed.
 
-        owner: any object, to be found again as the `owner` of the stream's tickets.
+        owner: any object; it is the `owner` of the stream's tickets.
         """
         cdef Stream stream = Stream.__new__(Stream)
         stream._owner = owner
@@ -354,23 +404,34 @@ cdef class WaitingRoom:
         return stream
 
     def poll_batch(self):
-        """Return (reason, tickets, oldest first) if a batch is due, else None."""
+        """Take a batch if one is due, without blocking.
+
+        Returns (reason, tickets), with the oldest ticket first, or None if no batch is due.
+        """
         cdef ticket_t *batch = NULL
         cdef ticket_t *expired = NULL
-        self._enter()
+        self._lock()
         cdef Reason reason = self._pop_if_due(self._now_ns(), &batch, &expired)
-        self._leave()
+        self._unlock()
         return self._hand_out(reason, batch, expired)
 
     def is_due(self):
-        """Whether a batch is due. (It may come to nothing, where all that wait have expired.)"""
-        self._enter()
+        """Return whether a batch is due, without taking it.
+
+        Requests past their deadline still count here, so `poll_batch` may return None even though this was true.
+        """
+        self._lock()
         cdef Reason reason = self._reason(self._now_ns())
-        self._leave()
+        self._unlock()
         return reason != NOT_DUE
 
     def take_batch(self):
-        """Block until a batch is due and return (reason, tickets, oldest first); None once closed and empty."""
+        """Block, without the GIL, until a batch is due, and take it.
+
+        Returns (reason, tickets), with the oldest ticket first, or None once the room is closed and nothing is waiting.
+
+        On the main thread, signal handlers run meanwhile. If one raises, this raises that, and no request is lost.
+        """
         cdef ticket_t *batch
         cdef ticket_t *expired
         cdef Reason reason
@@ -386,14 +447,17 @@ cdef class WaitingRoom:
             PyErr_CheckSignals()
 
     def finish(self, tickets, outcomes):
-        """Give each taken ticket its outcome (any object), all at one moment, and wake those who wait for them.
+        """Give each taken ticket its outcome (any object), all at the same moment, and wake the threads that wait.
 
-        Raises ValueError unless there is one outcome per ticket and the tickets are this room's.
+        Tickets that have not been taken, or have already ended, are skipped.
+
+        Raises ValueError if the number of outcomes differs from that of the tickets, or if a ticket belongs to another
+        room. Nothing is finished then.
         """
-        tickets, outcomes = tuple(tickets), tuple(outcomes)  # which nobody can change meanwhile
+        tickets, outcomes = tuple(tickets), tuple(outcomes)  # no other thread can change these
         cdef Py_ssize_t count = len(tickets)
         if len(outcomes) != count:
-            raise ValueError(f"{len(outcomes)} outcomes for {count} tickets; there must be one each")
+            raise ValueError(f"{len(outcomes)} outcomes for {count} tickets; there must be one for each ticket")
         cdef ticket_t **settled = <ticket_t **>PyMem_Malloc((count + 1) * sizeof(ticket_t *))
         if settled == NULL:
             raise MemoryError(f"a batch of {count} tickets")
@@ -403,19 +467,19 @@ cdef class WaitingRoom:
             for i in range(count):
                 ticket = tickets[i]
                 if ticket is None or room_of(ticket._stream) is not self:
-                    raise ValueError("a ticket of another room")
+                    raise ValueError("one of the tickets belongs to another room")
                 settled[i] = &ticket._c
-            self._enter()
-            self._leave_out_ended(settled, count)
-            self._leave()
-            # Before the state says that it is there, and never again once the ticket ended.
+            self._lock()
+            self._drop_ended(settled, count)
+            self._unlock()
+            # The outcome is set before the state says so. A ticket that has ended keeps what it has.
             for i in range(count):
                 if settled[i] != NULL:
-                    (<Ticket>settled[i].owner).outcome = outcomes[i]
-            self._enter()
+                    (<Ticket>settled[i].wrapper).outcome = outcomes[i]
+            self._lock()
             self._settle_answered(settled, count, self._now_ns())
-            self._leave()
-            # After the mutex, or those who wake would only queue up for it.
+            self._unlock()
+            # Without the mutex, or every thread that wakes would have to wait for it.
             for i in range(count):
                 if settled[i] != NULL:
                     pthread_cond_broadcast(&settled[i].settled)
@@ -423,14 +487,17 @@ cdef class WaitingRoom:
             PyMem_Free(settled)
 
     def close(self):
-        """Refuse further requests; those that wait are due at once. May be called again."""
-        self._enter()
+        """Refuse further requests. Those waiting are due at once. May be called again."""
+        self._lock()
         self._closed = 1
         pthread_cond_broadcast(&self._due_sooner)
-        self._leave()
+        self._unlock()
 
     def abandon(self):
-        """Close the room and its streams; what has no outcome yet is CLOSED. Returns how many that were."""
+        """Close the room and every stream. Requests that have not ended become CLOSED. May be called again.
+
+        Returns the number of those requests.
+        """
         self.close()
         cdef Stream stream
         abandoned = 0
@@ -445,128 +512,151 @@ cdef class WaitingRoom:
 
     @property
     def waiting(self):
-        """Requests that wait now."""
+        """Requests that are waiting now."""
         return self._read_count(&self._waiting)
 
     @property
+    def waiting_bytes(self):
+        """The `size_bytes` of the requests that are waiting now, added up."""
+        return self._read_count(&self._waiting_bytes)
+
+    @property
+    def capacity_bytes(self):
+        """Most bytes that may wait; None for no limit."""
+        return None if self._capacity_bytes == NO_LIMIT else self._capacity_bytes
+
+    @property
     def pushed(self):
-        """Ring positions filled so far."""
+        """Requests accepted so far, and so positions of the ring that were filled."""
         return self._read_count(&self._pushed)
 
     @property
     def popped(self):
-        """Ring positions emptied for good so far; never more than `pushed`."""
+        """Positions of the ring before the oldest waiting request; equal to `pushed` if nothing is waiting."""
         return self._read_count(&self._popped)
 
     @property
     def takers(self):
-        """Threads that sleep in `take_batch`."""
+        """Threads that are asleep in `take_batch`."""
         return self._read_count(&self._takers)
 
     @property
     def open_streams(self):
-        """Streams that were opened and not closed."""
+        """Streams that are open now."""
         return len(self._streams)
 
     def batches(self):
-        """Return what was taken so far, of one moment: batches by reason, and the requests in all of them."""
+        """Return (batches taken so far by reason, requests in all of them), both as of the same moment."""
         cdef int64_t[4] batches
         cdef int64_t batched
-        self._enter()
+        self._lock()
         batches = self._batches
         batched = self._batched
-        self._leave()
+        self._unlock()
         return dict(zip(REASONS, batches, strict=True)), batched
 
-    # ---- between the GIL and the mutex ----
+    # ---- with the GIL, and with the mutex only between _lock and _unlock ----
 
-    cdef inline void _enter(self) noexcept:
+    cdef inline void _lock(self) noexcept:
         while pthread_mutex_trylock(&self._mutex) != 0:
             with nogil:
                 sched_yield()
 
-    cdef inline void _leave(self) noexcept nogil:
+    cdef inline void _unlock(self) noexcept nogil:
         pthread_mutex_unlock(&self._mutex)
 
     cdef int64_t _read_count(self, int64_t *field) noexcept:
-        self._enter()
+        self._lock()
         cdef int64_t value = field[0]
-        self._leave()
+        self._unlock()
         return value
 
     cdef int _admit(self, Stream stream, Ticket ticket) except -1:
-        """Put a new ticket into the ring, which then owns a reference to it. Wake the taker if need be."""
-        cdef bint closed, full, busy, left
-        self._enter()
+        """Put a new ticket into the ring, which then owns a reference to it, or raise why it was refused."""
+        cdef bint closed, full, bytes_full, busy, left
+        cdef int64_t waiting_bytes
+        self._lock()
         closed = self._closed
         full = self._waiting >= self.capacity
+        waiting_bytes = self._waiting_bytes
+        bytes_full = ticket._c.size_bytes > self._capacity_bytes - waiting_bytes  # this way round it cannot overflow
         busy = stream._c.unfinished != NULL
         left = not stream._c.is_open and not closed
         if left:
             ticket._c.state = _LEFT
-        elif not (closed or full or busy):
+        elif not (closed or full or bytes_full or busy):
             Py_INCREF(ticket)
             self._push(&stream._c, &ticket._c, self._now_ns())
-        self._leave()
+        self._unlock()
         if busy:
-            raise RuntimeError("this stream's last request has no outcome yet; a stream has one request at a time")
+            raise RuntimeError("this stream's last request has not ended; a stream has one request at a time")
         if closed:
             raise RoomClosedError("the room is closed")
-        if full and not left:
-            raise QueueFullError(f"{self.capacity} requests wait, and no more may")
+        if left:
+            return 0
+        if full:
+            raise QueueFullError(f"the queue is full: {self.capacity} requests are waiting, the most allowed")
+        if bytes_full:
+            raise QueueBytesFullError(
+                f"the queue is full: {waiting_bytes} bytes are waiting, and this request's {ticket._c.size_bytes} "
+                f"would exceed the limit of {self._capacity_bytes}"
+            )
         return 0
 
     cdef int _dismiss(self, Stream stream, State state) except -1:
-        """Close a stream; what it still waits for ends in `state`. Returns how many requests that were: 0 or 1."""
+        """Close a stream, whose request, if it has not ended, ends in `state`. Returns how many that were: 0 or 1."""
         cdef ticket_t *ticket
-        cdef bint left_the_ring = False
+        cdef bint was_waiting = False
         self._streams.discard(stream)
-        self._enter()
+        self._lock()
         ticket = stream._c.unfinished
         if ticket != NULL:
-            left_the_ring = ticket.state == _WAITING
+            was_waiting = ticket.state == _WAITING
             self._settle(ticket, state)
             pthread_cond_broadcast(&ticket.settled)
         if stream._c.is_open:
             stream._c.is_open = False
             self._forget_answer(&stream._c)
             self._wake_if_due_sooner(self._now_ns())
-        self._leave()
-        if left_the_ring:
-            Py_DECREF(<Ticket>ticket.owner)
+        self._unlock()
+        if was_waiting:
+            Py_DECREF(<Ticket>ticket.wrapper)
         return ticket != NULL
 
     cdef _hand_out(self, Reason reason, ticket_t *batch, ticket_t *expired):
-        """Turn chains of tickets that left the ring into what Python gets, and take over the ring's references."""
+        """Return a chain of taken tickets as `take_batch` does, and drop the ring's references to both chains."""
         cdef ticket_t *next
         while expired != NULL:
             next = expired.next
-            Py_DECREF(<Ticket>expired.owner)
+            Py_DECREF(<Ticket>expired.wrapper)
             expired = next
         if batch == NULL:
             return None
         tickets = []
         while batch != NULL:
             next = batch.next
-            tickets.append(<Ticket>batch.owner)
-            Py_DECREF(<Ticket>batch.owner)
+            tickets.append(<Ticket>batch.wrapper)
+            Py_DECREF(<Ticket>batch.wrapper)
             batch = next
         return REASONS[<int>reason], tickets
 
-    # ---- below: without the GIL or with it, always under the mutex (the two _await functions take it themselves) ----
+    # ---- with or without the GIL, always with the mutex (the two _await methods acquire it themselves) ----
 
     cdef inline int64_t _now_ns(self) noexcept nogil:
         return monotonic_ns() if self._clock is None else self._clock.now_ns
 
-    cdef State _await_settled(self, ticket_t *ticket, bint check_signals, bint *left_the_ring) noexcept nogil:
-        """Wait until a ticket's state is for good; with `check_signals` come back early now and then."""
+    cdef State _await_settled(self, ticket_t *ticket, bint check_signals, bint *was_waiting) noexcept nogil:
+        """Wait until a ticket ends. With `check_signals`, return early from time to time.
+
+        was_waiting: set if this removed the ticket from the ring, whose reference to it is then the caller's.
+        """
         cdef int64_t now_ns, wake_ns
         cdef State state
         pthread_mutex_lock(&self._mutex)
         while ticket.state <= _TAKEN:
             now_ns = self._now_ns()
             if now_ns >= ticket.deadline_ns:
-                left_the_ring[0] = ticket.state == _WAITING
+                was_waiting[0] = ticket.state == _WAITING
                 self._settle(ticket, _EXPIRED)
                 self._wake_if_due_sooner(now_ns)
                 break
@@ -583,7 +673,11 @@ cdef class WaitingRoom:
     cdef Reason _await_batch(
         self, bint check_signals, ticket_t **batch, ticket_t **expired, bint *over
     ) noexcept nogil:
-        """Wait for a due batch. Comes back without one if the room is over, a ticket expired, or to check signals."""
+        """Wait until a batch is due, and take it.
+
+        Returns without one if the room is closed and empty (`over`), if tickets expired, or to check for signals. The
+        ring's references to the tickets in `batch` and `expired` are then the caller's.
+        """
         cdef int64_t now_ns, wake_ns
         cdef Reason reason
         pthread_mutex_lock(&self._mutex)
@@ -606,6 +700,7 @@ cdef class WaitingRoom:
         return reason
 
     cdef void _push(self, stream_t *stream, ticket_t *ticket, int64_t now_ns) noexcept nogil:
+        """Put a ticket into the ring, which takes over the caller's reference. Wake the taker if need be."""
         invariant(self._waiting < self.capacity)
         if self._pushed - self._popped > self._mask:
             self._close_gaps()
@@ -616,13 +711,15 @@ cdef class WaitingRoom:
         self._ring[self._pushed & self._mask] = ticket
         self._pushed += 1
         self._waiting += 1
+        self._waiting_bytes += ticket.size_bytes
         self._first_timers += not stream.was_answered
         self._recent_waiting += stream.is_recent
         stream.unfinished = ticket
+        invariant(0 <= ticket.size_bytes <= self._waiting_bytes <= self._capacity_bytes)
         self._wake_if_due_sooner(now_ns)
 
     cdef void _close_gaps(self) noexcept nogil:
-        """Move the tickets of a full ring towards its end, over the slots of those that left before their turn."""
+        """Move all tickets to the newest positions, so that none is empty between them."""
         cdef int64_t source = self._pushed
         cdef int64_t target = self._pushed
         cdef ticket_t *ticket
@@ -636,98 +733,131 @@ cdef class WaitingRoom:
         invariant(self._pushed - target == self._waiting)
         self._popped = target
 
-    cdef void _leave_ring(self, ticket_t *ticket) noexcept nogil:
+    cdef void _remove(self, ticket_t *ticket) noexcept nogil:
+        """Take a ticket out of the ring, whose reference to it is then the caller's."""
         cdef int64_t slot = ticket.position & self._mask
         invariant(ticket.state == _WAITING)
         invariant(self._ring[slot] == ticket)
         self._ring[slot] = NULL
         self._waiting -= 1
+        self._waiting_bytes -= ticket.size_bytes
         self._first_timers -= not ticket.stream.was_answered
         self._recent_waiting -= ticket.stream.is_recent
         while self._popped < self._pushed and self._ring[self._popped & self._mask] == NULL:
             self._popped += 1
         invariant(0 <= self._waiting <= self._pushed - self._popped)
+        invariant(0 <= self._waiting_bytes <= self._capacity_bytes)
+        invariant(self._waiting > 0 or self._waiting_bytes == 0)
         invariant(0 <= self._first_timers <= self._waiting)
         invariant(0 <= self._recent_waiting <= self._recent)
 
     cdef void _settle(self, ticket_t *ticket, State state) noexcept nogil:
-        """Give an unfinished ticket its last state. Its slot's reference, if it was waiting, is then the caller's."""
+        """End a ticket. If it was waiting, the ring's reference to it is then the caller's."""
         invariant(ticket.state <= _TAKEN < state)
         invariant(ticket.stream.unfinished == ticket)
         if ticket.state == _WAITING:
-            self._leave_ring(ticket)
+            self._remove(ticket)
         ticket.state = state
         ticket.stream.unfinished = NULL
 
     cdef void _settle_answered(self, ticket_t **tickets, Py_ssize_t count, int64_t now_ns) noexcept nogil:
-        """Finish the tickets that still stand as taken; those that ended otherwise meanwhile become NULL."""
+        """Finish the tickets that are still TAKEN, and replace the others by NULL."""
         cdef Py_ssize_t i
         for i in range(count):
-            if tickets[i] == NULL or tickets[i].state != _TAKEN:  # again, for one that is listed twice
+            # The state is read anew for each, as a ticket may be listed twice.
+            if tickets[i] == NULL or tickets[i].state != _TAKEN:
                 tickets[i] = NULL
                 continue
             self._settle(tickets[i], _FINISHED)
             self._remember_answer(tickets[i].stream, now_ns)
 
-    cdef void _leave_out_ended(self, ticket_t **tickets, Py_ssize_t count) noexcept nogil:
-        """NULL stands for a ticket that is not, or no longer, taken."""
+    cdef void _drop_ended(self, ticket_t **tickets, Py_ssize_t count) noexcept nogil:
+        """Replace the tickets that are not TAKEN by NULL."""
         cdef Py_ssize_t i
         for i in range(count):
             if tickets[i] != NULL and tickets[i].state != _TAKEN:
                 tickets[i] = NULL
 
     cdef Reason _pop_if_due(self, int64_t now_ns, ticket_t **batch, ticket_t **expired) noexcept nogil:
-        """Take the oldest requests if a batch is due; those whose deadline has passed leave too, but into `expired`."""
+        """If a batch is due, chain its tickets to `batch`. Tickets that turn out to have expired go to `expired`.
+
+        The ring's references to all of them are then the caller's.
+        """
         cdef Reason reason = self._reason(now_ns)
-        cdef int64_t room_left = self.batch_size
+        cdef int64_t count
         cdef ticket_t *ticket
         if reason == NOT_DUE:
             return reason
-        while self._waiting > 0 and room_left > 0:
+        self._drop_expired(now_ns, expired)
+        if expired[0] != NULL:
+            reason = self._reason(now_ns)  # the reason may have been due to those that expired
+            if reason == NOT_DUE:
+                self._close_gaps()  # or the next look would go over them again
+                self._wake_if_due_sooner(now_ns)
+                return reason
+        count = min(self.batch_size, self._waiting)
+        self._batches[<int>reason] += 1
+        self._batched += count
+        while count > 0:
             ticket = self._ring[self._popped & self._mask]
-            if now_ns >= ticket.deadline_ns:
-                self._settle(ticket, _EXPIRED)
-                pthread_cond_broadcast(&ticket.settled)
-                ticket.next = expired[0]
-                expired[0] = ticket
-                continue
-            self._leave_ring(ticket)
+            invariant(now_ns < ticket.deadline_ns)
+            self._remove(ticket)
             ticket.state = _TAKEN
             ticket.taken_ns = now_ns
             ticket.next = NULL
             batch[0] = ticket
             batch = &ticket.next
-            room_left -= 1
-        if room_left == self.batch_size:
-            return NOT_DUE
-        self._batches[<int>reason] += 1
-        self._batched += self.batch_size - room_left
+            count -= 1
         return reason
+
+    cdef void _drop_expired(self, int64_t now_ns, ticket_t **expired) noexcept nogil:
+        """End the tickets past their deadline, from the oldest to where `batch_size` others have been seen.
+
+        That is far enough: with `batch_size` others the batch is full, and with fewer none has been missed. What this
+        visits is taken next, or has its gaps closed.
+        """
+        cdef int64_t position = self._popped
+        cdef int64_t others = 0
+        cdef ticket_t *ticket
+        while position < self._pushed and others < self.batch_size:
+            ticket = self._ring[position & self._mask]
+            position += 1
+            if ticket == NULL:
+                continue
+            if now_ns < ticket.deadline_ns:
+                others += 1
+                continue
+            self._settle(ticket, _EXPIRED)
+            pthread_cond_broadcast(&ticket.settled)
+            ticket.next = expired[0]
+            expired[0] = ticket
 
     # ---- the window ----
 
     cdef Reason _reason(self, int64_t now_ns) noexcept nogil:
+        """Why a batch is due, counting tickets that have expired unnoticed as waiting."""
         if self._waiting == 0:
             return NOT_DUE
         if self._waiting >= self.batch_size:
             return FULL
-        self._forget_old_answers(now_ns)
-        if self._first_timers == 0 and self._recent == self._recent_waiting:
-            return EVERYONE_IN
+        if self.leave_early:
+            self._forget_old_answers(now_ns)
+            if self._first_timers == 0 and self._recent == self._recent_waiting:
+                return EVERYONE_IN
         if now_ns - self._oldest_pushed_ns() >= self.window_ns:
             return TIMEOUT
         return DRAIN if self._closed else NOT_DUE
 
     cdef int64_t _due_ns(self, int64_t now_ns) noexcept nogil:
-        """When a batch will be due if nothing else happens (or may be, and it is worth looking again)."""
+        """When a batch will be due if nothing else happens, or earlier: when it may be, and the taker should look."""
         cdef int64_t due_ns
         if self._waiting == 0:
             return NEVER
         if self._reason(now_ns) != NOT_DUE:
             return now_ns
         due_ns = self._oldest_pushed_ns() + self.window_ns
-        if self._first_timers == 0:
-            # Only streams that were answered a while ago are missing: soon they will not count any more.
+        if self.leave_early and self._first_timers == 0:
+            # Everyone will be in once the recent streams without a request are no longer recent.
             due_ns = min(due_ns, self._oldest_answer.answered_ns + RECENT_NS)
         return due_ns
 

@@ -44,9 +44,9 @@ PLANTS = {
     "thread": [
         Plant(  # a counter is read without the mutex
             "_core.pyx",
-            "        self._enter()\n        cdef int64_t value = field[0]\n        self._leave()\n",
+            "        self._lock()\n        cdef int64_t value = field[0]\n        self._unlock()\n",
             "        cdef int64_t value = field[0]\n",
-            "test_core_threads.py::test_a_taker_wakes_when_the_batch_gets_full",
+            "test_core_threads.py::test_a_taker_wakes_when_the_batch_is_full",
             "ThreadSanitizer: data race",
         ),
     ],
@@ -55,12 +55,12 @@ PLANTS = {
             "_core.pyx",
             "PyMem_Malloc(size * sizeof(ticket_t *))",
             "PyMem_Malloc((size - 1) * sizeof(ticket_t *))",
-            "test_core.py::test_no_more_than_capacity_requests_may_wait",
+            "test_core.py::test_requests_that_leave_free_their_places_even_behind_an_old_one",
             "AddressSanitizer: heap-buffer-overflow",
         ),
         Plant(  # a list is freed too early
             "_core.pyx",
-            "            # After the mutex, or those who wake would only queue up for it.\n",
+            "            # Without the mutex, or every thread that wakes would have to wait for it.\n",
             "            PyMem_Free(settled)\n",
             "test_core.py::test_each_ticket_gets_its_own_outcome",
             "AddressSanitizer: heap-use-after-free",

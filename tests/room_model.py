@@ -1,7 +1,7 @@
-"""The waiting room as the core's docstrings tell it, in plain Python: what the tests hold the core against.
+"""A model of the waiting room in plain Python, written from the core's docstrings. The tests compare the core with it.
 
-It knows one thread and a clock that is set by hand. It keeps every ticket it ever let in and works all else out anew
-each time, so that it has no counter, list or ring that could be wrong in the way the core's could be.
+It supports one thread and a manual clock. It keeps every ticket it ever accepted and computes everything else from
+them each time, so that it has no counter, list or ring that could be wrong in the same way as the core's.
 """
 
 from __future__ import annotations
@@ -18,22 +18,25 @@ from grpc_batcher._core import (
     TAKEN,
     WAITING,
     ManualClock,
+    QueueBytesFullError,
     QueueFullError,
     RoomClosedError,
 )
 
 SECOND_NS = 1_000_000_000
 MAX_CAPACITY = 2**30
+MAX_CAPACITY_BYTES = 2**62
 MAX_WINDOW_NS = (2**63 - 1) // 4
 
 
 class Ticket:
-    def __init__(self, stream: Stream, request: Any, deadline_ns: int | None) -> None:
+    def __init__(self, stream: Stream, request: Any, deadline_ns: int | None, size_bytes: int) -> None:
         self.stream = stream
         self.request = request
         self.outcome: Any = None
         self.state = WAITING
         self.deadline_ns = deadline_ns
+        self.size_bytes = size_bytes
         self.pushed_ns = 0
         self.taken_ns = 0
 
@@ -48,7 +51,7 @@ class Ticket:
         return self.state not in (WAITING, TAKEN)
 
     def wait(self) -> int:
-        """Only where the core's `wait` comes back at once: nobody else is here to end the ticket."""
+        """Only for cases in which the core's `wait` returns at once: there is no other thread to end the ticket."""
         if not self.has_ended() and self.is_past_deadline():
             self.state = EXPIRED
         assert self.has_ended(), "the core would block here"
@@ -62,20 +65,27 @@ class Stream:
         self.is_open = True
         self.answered_ns: int | None = None
 
-    def push(self, request: Any, deadline_ns: int | None = None) -> Ticket:
+    def push(self, request: Any, deadline_ns: int | None = None, size_bytes: int = 0) -> Ticket:
         room = self.room
-        ticket = Ticket(self, request, deadline_ns)
+        if size_bytes < 0:
+            raise ValueError(f"size_bytes is {size_bytes}; it must be at least 0")
+        ticket = Ticket(self, request, deadline_ns, size_bytes)
         if room.unfinished_of(self):
-            raise RuntimeError("this stream's last request has no outcome yet; a stream has one request at a time")
+            raise RuntimeError("this stream's last request has not ended; a stream has one request at a time")
         if room.closed:
             raise RoomClosedError("the room is closed")
         if not self.is_open:
             ticket.state = LEFT
             return ticket
         if room.waiting == room.capacity:
-            raise QueueFullError(f"{room.capacity} requests wait, and no more may")
+            raise QueueFullError(f"the queue is full: {room.capacity} requests are waiting, the most allowed")
+        if room.capacity_bytes is not None and room.waiting_bytes + size_bytes > room.capacity_bytes:
+            raise QueueBytesFullError(
+                f"the queue is full: {room.waiting_bytes} bytes are waiting, and this request's {size_bytes} "
+                f"would exceed the limit of {room.capacity_bytes}"
+            )
         ticket.pushed_ns = room.clock.now_ns
-        room.let_in.append(ticket)
+        room.accepted.append(ticket)
         return ticket
 
     def close(self) -> None:
@@ -83,25 +93,38 @@ class Stream:
         for ticket in self.room.unfinished_of(self):
             ticket.state = LEFT
 
-    def was_answered_lately(self) -> bool:
+    def was_answered_recently(self) -> bool:
         return self.answered_ns is not None and self.room.clock.now_ns - self.answered_ns < SECOND_NS
 
 
 class WaitingRoom:
-    def __init__(self, batch_size: int, window_ns: int, capacity: int, clock: ManualClock) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        window_ns: int,
+        capacity: int,
+        *,
+        capacity_bytes: int | None = None,
+        leave_early: bool = True,
+        clock: ManualClock,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if not 1 <= capacity <= MAX_CAPACITY:
             raise ValueError(f"capacity is {capacity}; it must be from 1 to {MAX_CAPACITY}")
+        if capacity_bytes is not None and not 1 <= capacity_bytes <= MAX_CAPACITY_BYTES:
+            raise ValueError(f"capacity_bytes is {capacity_bytes}; it must be None or from 1 to {MAX_CAPACITY_BYTES}")
         if not 0 <= window_ns <= MAX_WINDOW_NS:
             raise ValueError(f"window_ns is {window_ns}; it must be from 0 to {MAX_WINDOW_NS}")
         self.batch_size = batch_size
         self.window_ns = window_ns
         self.capacity = capacity
+        self.capacity_bytes = capacity_bytes
+        self.leave_early = leave_early
         self.clock = clock
         self.closed = False
         self.streams: list[Stream] = []
-        self.let_in: list[Ticket] = []
+        self.accepted: list[Ticket] = []
         self.taken_batches: list[tuple[str, list[Ticket]]] = []
 
     def open_stream(self, owner: Any = None) -> Stream:
@@ -110,22 +133,23 @@ class WaitingRoom:
         return stream
 
     def poll_batch(self) -> tuple[str, list[Ticket]] | None:
-        reason = self.reason()
-        if reason is None:
+        if self.reason() is None:
             return None
+        # A deadline takes effect when somebody looks: the taker here, a waiter in `wait`.
         batch: list[Ticket] = []
         for ticket in self.queue():
             if len(batch) == self.batch_size:
                 break
-            # A deadline counts when somebody looks: the taker here, the waiter in `wait`.
             if ticket.is_past_deadline():
                 ticket.state = EXPIRED
-                continue
+            else:
+                batch.append(ticket)
+        reason = self.reason()
+        if reason is None:
+            return None
+        for ticket in batch:
             ticket.state = TAKEN
             ticket.taken_ns = self.clock.now_ns
-            batch.append(ticket)
-        if not batch:
-            return None
         self.taken_batches.append((reason, batch))
         return reason, list(batch)
 
@@ -134,9 +158,9 @@ class WaitingRoom:
 
     def finish(self, tickets: Sequence[Ticket], outcomes: Sequence[Any]) -> None:
         if len(tickets) != len(outcomes):
-            raise ValueError(f"{len(outcomes)} outcomes for {len(tickets)} tickets; there must be one each")
+            raise ValueError(f"{len(outcomes)} outcomes for {len(tickets)} tickets; there must be one for each ticket")
         if any(ticket.stream.room is not self for ticket in tickets):
-            raise ValueError("a ticket of another room")
+            raise ValueError("one of the tickets belongs to another room")
         for ticket, outcome in zip(tickets, outcomes, strict=True):
             if ticket.state == TAKEN:
                 ticket.state = FINISHED
@@ -148,7 +172,7 @@ class WaitingRoom:
 
     def abandon(self) -> int:
         self.closed = True
-        unfinished = [ticket for ticket in self.let_in if not ticket.has_ended()]
+        unfinished = [ticket for ticket in self.accepted if not ticket.has_ended()]
         for ticket in unfinished:
             ticket.state = CLOSED
         for stream in self.streams:
@@ -160,8 +184,12 @@ class WaitingRoom:
         return len(self.queue())
 
     @property
+    def waiting_bytes(self) -> int:
+        return sum(ticket.size_bytes for ticket in self.queue())
+
+    @property
     def pushed(self) -> int:
-        return len(self.let_in)
+        return len(self.accepted)
 
     @property
     def open_streams(self) -> int:
@@ -172,22 +200,22 @@ class WaitingRoom:
         counts = {reason: reasons.count(reason) for reason in REASONS}
         return counts, sum(len(batch) for _reason, batch in self.taken_batches)
 
-    # ---- worked out anew ----
+    # ---- computed each time ----
 
     def queue(self) -> list[Ticket]:
-        return [ticket for ticket in self.let_in if ticket.state == WAITING]
+        return [ticket for ticket in self.accepted if ticket.state == WAITING]
 
     def unfinished_of(self, stream: Stream) -> list[Ticket]:
-        return [ticket for ticket in self.let_in if ticket.stream is stream and not ticket.has_ended()]
+        return [ticket for ticket in self.accepted if ticket.stream is stream and not ticket.has_ended()]
 
     def reason(self) -> str | None:
-        """Why a batch is due now, if one is."""
+        """Why a batch is due now; None if none is."""
         queue = self.queue()
         if not queue:
             return None
         if len(queue) >= self.batch_size:
             return "full"
-        if self.everyone_is_in(queue):
+        if self.leave_early and self.everyone_is_in(queue):
             return "everyone_in"
         if self.clock.now_ns - queue[0].pushed_ns >= self.window_ns:
             return "timeout"
@@ -195,7 +223,7 @@ class WaitingRoom:
 
     def everyone_is_in(self, queue: list[Ticket]) -> bool:
         waiting_streams = [ticket.stream for ticket in queue]
-        expected_streams = [stream for stream in self.streams if stream.is_open and stream.was_answered_lately()]
+        expected_streams = [stream for stream in self.streams if stream.is_open and stream.was_answered_recently()]
         return all(stream.answered_ns is not None for stream in waiting_streams) and all(
             stream in waiting_streams for stream in expected_streams
         )

@@ -1,9 +1,12 @@
-"""The waiting room by itself, under a clock that is set by hand: the core, and the plain model of it beside."""
+"""The waiting room with a manual clock and one thread. Each test runs on the core and on its plain Python model."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,14 +30,14 @@ def clock() -> ManualClock:
 
 @pytest.fixture(params=(_core.WaitingRoom, room_model.WaitingRoom), ids=("core", "model"))
 def open_room(request: pytest.FixtureRequest, clock: ManualClock) -> OpenRoom:
-    def open_room(batch_size: int = 4, window_ns: int = WINDOW_NS, capacity: int = 64) -> Any:
-        return request.param(batch_size, window_ns, capacity, clock)
+    def open_room(batch_size: int = 4, window_ns: int = WINDOW_NS, capacity: int = 64, **options: Any) -> Any:
+        return request.param(batch_size, window_ns, capacity, clock=clock, **options)
 
     return open_room
 
 
 def push_new(room: Any, *requests: Any) -> list[Any]:
-    """Push each request as the first one of a new stream."""
+    """Push each request as the first of a new stream."""
     return [room.open_stream().push(request) for request in requests]
 
 
@@ -43,7 +46,7 @@ def answer(room: Any, tickets: list[Any]) -> None:
 
 
 def answered_streams(room: Any, clock: ManualClock, count: int) -> list[Any]:
-    """Open streams and get one request of each answered, all now. For a room in which nothing waits."""
+    """Open streams and answer one request of each, all at the current time. The room must be empty."""
     streams = [room.open_stream() for _ in range(count)]
     for stream in streams:
         stream.push("first")
@@ -62,17 +65,23 @@ def states_of(tickets: list[Any]) -> list[int]:
     return [ticket.state for ticket in tickets]
 
 
-# ---- making a room ----
+# ---- creating a room ----
 
 
 def test_a_room_says_how_it_was_made(open_room: OpenRoom) -> None:
-    room = open_room(batch_size=3, window_ns=7, capacity=11)
+    room = open_room(batch_size=3, window_ns=7, capacity=11, capacity_bytes=13, leave_early=False)
     assert (room.batch_size, room.window_ns, room.capacity) == (3, 7, 11)
+    assert (room.capacity_bytes, room.leave_early) == (13, False)
+
+
+def test_a_room_has_no_limit_of_bytes_and_leaves_early_unless_told_otherwise(open_room: OpenRoom) -> None:
+    room = open_room()
+    assert (room.capacity_bytes, room.leave_early) == (None, True)
 
 
 def test_a_new_room_is_open_and_empty(open_room: OpenRoom) -> None:
     room = open_room()
-    assert (room.closed, room.waiting, room.pushed, room.open_streams) == (False, 0, 0, 0)
+    assert (room.closed, room.waiting, room.waiting_bytes, room.pushed, room.open_streams) == (False, 0, 0, 0, 0)
     assert room.batches() == ({"full": 0, "everyone_in": 0, "timeout": 0, "drain": 0}, 0)
     assert room.poll_batch() is None
 
@@ -85,11 +94,16 @@ def test_a_new_room_is_open_and_empty(open_room: OpenRoom) -> None:
         ({"capacity": 0}, "capacity is 0; it must be from 1 to 1073741824"),
         ({"capacity": -1}, "capacity is -1; it must be from 1 to 1073741824"),
         ({"capacity": 2**30 + 1}, "capacity is 1073741825; it must be from 1 to 1073741824"),
+        ({"capacity_bytes": 0}, "capacity_bytes is 0; it must be None or from 1 to 4611686018427387904"),
+        (
+            {"capacity_bytes": 2**62 + 1},
+            "capacity_bytes is 4611686018427387905; it must be None or from 1 to 4611686018427387904",
+        ),
         ({"window_ns": -1}, "window_ns is -1; it must be from 0 to 2305843009213693951"),
         ({"window_ns": 2**61}, "window_ns is 2305843009213693952; it must be from 0 to 2305843009213693951"),
     ],
 )
-def test_a_room_of_impossible_size_is_refused(open_room: OpenRoom, arguments: dict[str, int], message: str) -> None:
+def test_an_impossible_size_or_window_is_refused(open_room: OpenRoom, arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         open_room(**arguments)
 
@@ -133,7 +147,7 @@ def test_a_lone_stream_that_was_answered_before_does_not_wait(open_room: OpenRoo
     assert requests_of(room.poll_batch()) == ("everyone_in", ["second"])
 
 
-def test_everyone_is_in_once_the_last_of_the_answered_streams_pushed(open_room: OpenRoom, clock: ManualClock) -> None:
+def test_everyone_is_in_once_the_last_answered_stream_has_pushed(open_room: OpenRoom, clock: ManualClock) -> None:
     room = open_room()
     first, second, third = answered_streams(room, clock, 3)
     second.push("b")
@@ -144,7 +158,7 @@ def test_everyone_is_in_once_the_last_of_the_answered_streams_pushed(open_room: 
     assert requests_of(room.poll_batch()) == ("everyone_in", ["b", "c", "a"])
 
 
-def test_a_stream_that_never_was_answered_waits_for_the_window(open_room: OpenRoom, clock: ManualClock) -> None:
+def test_a_stream_that_was_never_answered_waits_for_the_window(open_room: OpenRoom, clock: ManualClock) -> None:
     room = open_room()
     push_new(room, "a")
     clock.now_ns += WINDOW_NS - 1
@@ -200,7 +214,7 @@ def test_a_stream_is_waited_for_until_one_second_after_its_answer(open_room: Ope
     assert requests_of(room.poll_batch()) == ("everyone_in", ["again"])
 
 
-def test_each_answer_makes_a_stream_recent_anew(open_room: OpenRoom, clock: ManualClock) -> None:
+def test_each_answer_makes_a_stream_recent_again(open_room: OpenRoom, clock: ManualClock) -> None:
     room = open_room(window_ns=LONG_WINDOW_NS)
     busy, idle = answered_streams(room, clock, 2)
     clock.now_ns += SECOND_NS // 2
@@ -273,7 +287,7 @@ def test_a_stream_whose_request_expired_was_not_answered(open_room: OpenRoom, cl
     assert room.poll_batch() is None
 
 
-def test_everyone_is_in_once_the_first_timer_among_them_left(open_room: OpenRoom, clock: ManualClock) -> None:
+def test_everyone_is_in_once_the_only_first_timer_leaves(open_room: OpenRoom, clock: ManualClock) -> None:
     room = open_room()
     (stream,) = answered_streams(room, clock, 1)
     stream.push("again")
@@ -284,7 +298,7 @@ def test_everyone_is_in_once_the_first_timer_among_them_left(open_room: OpenRoom
     assert requests_of(room.poll_batch()) == ("everyone_in", ["again"])
 
 
-def test_everyone_is_in_once_the_first_timer_among_them_expired(open_room: OpenRoom, clock: ManualClock) -> None:
+def test_everyone_is_in_once_the_only_first_timer_expires(open_room: OpenRoom, clock: ManualClock) -> None:
     room = open_room()
     (stream,) = answered_streams(room, clock, 1)
     stream.push("again")
@@ -303,10 +317,35 @@ def test_everyone_in_counts_before_timeout_and_drain(open_room: OpenRoom, clock:
     assert requests_of(room.poll_batch()) == ("everyone_in", ["again"])
 
 
+def test_nobody_leaves_early_if_the_room_is_told_so(open_room: OpenRoom, clock: ManualClock) -> None:
+    room = open_room(leave_early=False)
+    for stream in answered_streams(room, clock, 2):
+        stream.push("again")
+    clock.now_ns += WINDOW_NS - 1
+    assert not room.is_due()
+    assert room.poll_batch() is None
+    clock.now_ns += 1
+    assert requests_of(room.poll_batch()) == ("timeout", ["again", "again"])
+
+
+def test_a_full_batch_and_a_closed_room_do_not_wait_for_the_window_either(
+    open_room: OpenRoom, clock: ManualClock
+) -> None:
+    room = open_room(batch_size=2, leave_early=False)
+    streams = answered_streams(room, clock, 3)
+    for stream in streams:
+        stream.push("again")
+    assert requests_of(room.poll_batch()) == ("full", ["again", "again"])
+    assert room.poll_batch() is None
+    room.close()
+    assert requests_of(room.poll_batch()) == ("drain", ["again"])
+    assert room.batches()[0]["everyone_in"] == 0
+
+
 # ---- timeout ----
 
 
-def test_the_window_begins_with_the_push_of_the_oldest(open_room: OpenRoom, clock: ManualClock) -> None:
+def test_the_window_starts_when_the_oldest_request_is_pushed(open_room: OpenRoom, clock: ManualClock) -> None:
     room = open_room()
     push_new(room, "a")
     clock.now_ns += WINDOW_NS - 1
@@ -316,7 +355,7 @@ def test_the_window_begins_with_the_push_of_the_oldest(open_room: OpenRoom, cloc
     assert requests_of(room.poll_batch()) == ("timeout", ["a", "b"])
 
 
-def test_the_window_is_that_of_the_next_oldest_once_the_oldest_left(open_room: OpenRoom, clock: ManualClock) -> None:
+def test_the_window_of_the_next_oldest_applies_once_the_oldest_leaves(open_room: OpenRoom, clock: ManualClock) -> None:
     room = open_room()
     oldest = room.open_stream()
     oldest.push("a")
@@ -329,13 +368,13 @@ def test_the_window_is_that_of_the_next_oldest_once_the_oldest_left(open_room: O
     assert requests_of(room.poll_batch()) == ("timeout", ["b"])
 
 
-def test_a_window_of_zero_holds_nothing_up(open_room: OpenRoom) -> None:
+def test_a_window_of_zero_delays_nothing(open_room: OpenRoom) -> None:
     room = open_room(window_ns=0)
     push_new(room, "a")
     assert requests_of(room.poll_batch()) == ("timeout", ["a"])
 
 
-def test_the_window_goes_on_while_a_batch_is_in_the_callback(open_room: OpenRoom, clock: ManualClock) -> None:
+def test_the_window_keeps_running_while_a_batch_is_in_the_callback(open_room: OpenRoom, clock: ManualClock) -> None:
     room = open_room(batch_size=2)
     push_new(room, "a", "b", "c")
     _reason, tickets = room.poll_batch()
@@ -364,7 +403,7 @@ def test_timeout_counts_before_drain(open_room: OpenRoom, clock: ManualClock) ->
 # ---- drain, and closing the room ----
 
 
-def test_a_closed_room_lets_what_waits_leave_at_once(open_room: OpenRoom) -> None:
+def test_waiting_requests_leave_a_closed_room_at_once(open_room: OpenRoom) -> None:
     room = open_room(batch_size=3)
     push_new(room, "a", "b", "c", "d")
     room.close()
@@ -383,7 +422,7 @@ def test_a_closed_room_refuses_requests(open_room: OpenRoom) -> None:
     assert (room.waiting, room.pushed) == (0, 0)
 
 
-def test_a_closed_room_still_takes_answers(open_room: OpenRoom) -> None:
+def test_a_closed_room_still_accepts_answers(open_room: OpenRoom) -> None:
     room = open_room(batch_size=1)
     (ticket,) = push_new(room, "a")
     _reason, tickets = room.poll_batch()
@@ -447,7 +486,8 @@ def test_a_room_says_whether_a_batch_is_due_and_keeps_it(open_room: OpenRoom, cl
 def test_no_more_than_capacity_requests_may_wait(open_room: OpenRoom, capacity: int) -> None:
     room = open_room(batch_size=100, capacity=capacity)
     push_new(room, *range(capacity))
-    with pytest.raises(_core.QueueFullError, match=f"^{capacity} requests wait, and no more may$"):
+    message = f"^the queue is full: {capacity} requests are waiting, the most allowed$"
+    with pytest.raises(_core.QueueFullError, match=message):
         room.open_stream().push("one too many")
     assert (room.waiting, room.pushed) == (capacity, capacity)
 
@@ -462,7 +502,7 @@ def test_a_refused_request_does_not_keep_its_stream_busy(open_room: OpenRoom) ->
     assert stream.push("b").state == WAITING
 
 
-def test_a_batch_that_is_taken_makes_places_free(open_room: OpenRoom) -> None:
+def test_taking_a_batch_frees_places(open_room: OpenRoom) -> None:
     room = open_room(batch_size=2, capacity=3)
     push_new(room, "a", "b", "c")
     assert room.poll_batch() is not None
@@ -472,7 +512,7 @@ def test_a_batch_that_is_taken_makes_places_free(open_room: OpenRoom) -> None:
 
 
 @pytest.mark.parametrize("capacity", [2, 3, 4, 5, 8])
-def test_those_that_leave_make_places_free_however_old_the_oldest_is(
+def test_requests_that_leave_free_their_places_even_behind_an_old_one(
     open_room: OpenRoom, clock: ManualClock, capacity: int
 ) -> None:
     room = open_room(batch_size=100, capacity=capacity)
@@ -490,7 +530,7 @@ def test_those_that_leave_make_places_free_however_old_the_oldest_is(
     assert requests_of(room.poll_batch()) == ("timeout", ["oldest", "youngest"])
 
 
-def test_the_order_holds_while_leavers_in_between_make_places_free(open_room: OpenRoom, clock: ManualClock) -> None:
+def test_the_order_holds_while_requests_leave_from_the_middle(open_room: OpenRoom, clock: ManualClock) -> None:
     room = open_room(batch_size=100, capacity=4)
     waiting = {number: room.open_stream() for number in range(4)}
     for number, stream in waiting.items():
@@ -521,9 +561,130 @@ def test_a_ticket_that_was_moved_over_gaps_can_still_leave(open_room: OpenRoom, 
     assert states_of([tickets[3], late]) == [TAKEN, TAKEN]
 
 
+@pytest.mark.parametrize("capacity", [7, 8, 9, 64, 100])
+def test_replacing_requests_of_a_full_queue_seldom_moves_the_others(clock: ManualClock, capacity: int) -> None:
+    room = _core.WaitingRoom(100, LONG_WINDOW_NS, capacity, clock=clock)
+    streams = [room.open_stream() for _ in range(capacity)]
+    for number, stream in enumerate(streams):
+        stream.push(number)
+    # The oldest request stays, so `popped` grows only when the requests are moved over the gaps behind it.
+    moved = 0
+    for lap in range(20):
+        for place in range(1, capacity):
+            before = room.popped
+            streams[place].close()
+            streams[place] = room.open_stream()
+            streams[place].push((lap, place))
+            moved += room.popped != before
+    assert room.waiting == capacity
+    # 20 laps replace each of the other requests 20 times: they were moved at most once per lap.
+    assert moved <= 20
+
+
+# ---- the bytes that wait ----
+
+
+def test_the_bytes_of_waiting_requests_are_added_up(open_room: OpenRoom) -> None:
+    room = open_room(batch_size=3)
+    for size_bytes in (5, 0, 7):
+        room.open_stream().push("a", None, size_bytes)
+    room.open_stream().push("b", size_bytes=11)
+    assert room.waiting_bytes == 23
+    assert room.poll_batch() is not None
+    assert room.waiting_bytes == 11
+
+
+def test_requests_may_wait_up_to_the_limit_of_bytes(open_room: OpenRoom) -> None:
+    room = open_room(capacity_bytes=1000)
+    room.open_stream().push("a", None, 900)
+    message = "^the queue is full: 900 bytes are waiting, and this request's 101 would exceed the limit of 1000$"
+    with pytest.raises(_core.QueueBytesFullError, match=message):
+        room.open_stream().push("b", None, 101)
+    assert (room.waiting, room.waiting_bytes, room.pushed) == (1, 900, 1)
+    room.open_stream().push("c", None, 100)
+    assert (room.waiting, room.waiting_bytes) == (2, 1000)
+    room.open_stream().push("without bytes")
+    assert room.waiting == 3
+
+
+def test_a_request_larger_than_the_limit_of_bytes_is_refused_by_an_empty_room(open_room: OpenRoom) -> None:
+    room = open_room(capacity_bytes=1000)
+    message = "^the queue is full: 0 bytes are waiting, and this request's 1001 would exceed the limit of 1000$"
+    with pytest.raises(_core.QueueBytesFullError, match=message):
+        room.open_stream().push("a", None, 1001)
+    with pytest.raises(_core.QueueBytesFullError):
+        room.open_stream().push("a", None, 2**63 - 1)
+    assert (room.waiting, room.waiting_bytes) == (0, 0)
+
+
+def test_a_request_refused_for_its_bytes_does_not_keep_its_stream_busy(open_room: OpenRoom) -> None:
+    room = open_room(capacity_bytes=10)
+    stream = room.open_stream()
+    with pytest.raises(_core.QueueFullError):
+        stream.push("a", None, 11)
+    assert stream.push("b", None, 10).state == WAITING
+
+
+def test_a_full_queue_says_first_that_it_has_too_many_requests(open_room: OpenRoom) -> None:
+    room = open_room(capacity=1, capacity_bytes=10)
+    room.open_stream().push("a", None, 10)
+    with pytest.raises(_core.QueueFullError, match="1 requests are waiting") as refused:
+        room.open_stream().push("b", None, 10)
+    assert refused.type is _core.QueueFullError
+
+
+def test_a_negative_size_is_refused(open_room: OpenRoom) -> None:
+    room = open_room()
+    stream = room.open_stream()
+    with pytest.raises(ValueError, match=r"^size_bytes is -1; it must be at least 0$"):
+        stream.push("a", None, -1)
+    assert stream.push("b").state == WAITING
+    assert room.waiting_bytes == 0
+
+
+def take_both(room: Any, streams: list[Any], tickets: list[Any], clock: ManualClock) -> None:
+    clock.now_ns += WINDOW_NS
+    assert requests_of(room.poll_batch()) == ("timeout", [0, 1])
+
+
+def let_both_leave(room: Any, streams: list[Any], tickets: list[Any], clock: ManualClock) -> None:
+    for stream in streams:
+        stream.close()
+
+
+def let_both_expire(room: Any, streams: list[Any], tickets: list[Any], clock: ManualClock) -> None:
+    clock.now_ns += 2 * WINDOW_NS
+    assert [ticket.wait() for ticket in tickets] == [EXPIRED, EXPIRED]
+
+
+def drop_both_expired(room: Any, streams: list[Any], tickets: list[Any], clock: ManualClock) -> None:
+    clock.now_ns += 2 * WINDOW_NS
+    assert room.poll_batch() is None
+
+
+@pytest.mark.parametrize("end", [take_both, let_both_leave, let_both_expire, drop_both_expired])
+def test_a_request_frees_its_bytes_however_it_stops_waiting(
+    open_room: OpenRoom, clock: ManualClock, end: Callable[..., None]
+) -> None:
+    room = open_room(capacity_bytes=10)
+    streams = [room.open_stream() for _ in range(2)]
+    tickets = [stream.push(number, clock.now_ns + 2 * WINDOW_NS, 5) for number, stream in enumerate(streams)]
+    assert room.waiting_bytes == 10
+    end(room, streams, tickets, clock)
+    assert room.waiting_bytes == 0
+    assert room.open_stream().push("next", None, 10).state == WAITING
+
+
+def test_an_abandoned_room_has_no_bytes_waiting(open_room: OpenRoom) -> None:
+    room = open_room(capacity_bytes=10)
+    room.open_stream().push("a", None, 10)
+    room.abandon()
+    assert room.waiting_bytes == 0
+
+
 # ---- a stream has one request at a time ----
 
-BUSY = "^this stream's last request has no outcome yet; a stream has one request at a time$"
+BUSY = "^this stream's last request has not ended; a stream has one request at a time$"
 
 
 def test_a_stream_whose_request_waits_may_not_push_another(open_room: OpenRoom) -> None:
@@ -645,7 +806,7 @@ def test_a_ticket_that_is_listed_twice_is_finished_once(open_room: OpenRoom) -> 
     assert requests_of(room.poll_batch()) == ("full", ["b"])
 
 
-def test_a_ticket_that_still_waits_can_not_be_finished(open_room: OpenRoom) -> None:
+def test_a_ticket_that_still_waits_cannot_be_finished(open_room: OpenRoom) -> None:
     room = open_room(batch_size=2)
     (ticket,) = push_new(room, "a")
     answer(room, [ticket])
@@ -659,7 +820,7 @@ def test_a_wrong_number_of_outcomes_finishes_nothing(open_room: OpenRoom) -> Non
     tickets = push_new(room, "a", "b")
     assert room.poll_batch() is not None
     for outcomes in ([], ["x"], ["x", "y", "z"]):
-        message = f"^{len(outcomes)} outcomes for 2 tickets; there must be one each$"
+        message = f"^{len(outcomes)} outcomes for 2 tickets; there must be one for each ticket$"
         with pytest.raises(ValueError, match=message):
             room.finish(tickets, outcomes)
     assert states_of(tickets) == [TAKEN, TAKEN]
@@ -672,7 +833,7 @@ def test_a_ticket_of_another_room_finishes_nothing(open_room: OpenRoom) -> None:
     tickets = [*push_new(room, "a"), *push_new(other, "b")]
     assert room.poll_batch() is not None
     assert other.poll_batch() is not None
-    with pytest.raises(ValueError, match=r"^a ticket of another room$"):
+    with pytest.raises(ValueError, match=r"^one of the tickets belongs to another room$"):
         room.finish(tickets, ["x", "y"])
     assert states_of(tickets) == [TAKEN, TAKEN]
 
@@ -680,7 +841,7 @@ def test_a_ticket_of_another_room_finishes_nothing(open_room: OpenRoom) -> None:
 # ---- deadlines ----
 
 
-def test_a_request_is_taken_until_its_deadline(open_room: OpenRoom, clock: ManualClock) -> None:
+def test_a_request_may_be_taken_until_its_deadline(open_room: OpenRoom, clock: ManualClock) -> None:
     room = open_room()
     ticket = room.open_stream().push("a", START_NS + WINDOW_NS + 1)
     clock.now_ns += WINDOW_NS
@@ -688,7 +849,7 @@ def test_a_request_is_taken_until_its_deadline(open_room: OpenRoom, clock: Manua
     assert ticket.state == TAKEN
 
 
-def test_a_request_is_not_taken_from_its_deadline_on(open_room: OpenRoom, clock: ManualClock) -> None:
+def test_a_request_is_not_taken_at_its_deadline(open_room: OpenRoom, clock: ManualClock) -> None:
     room = open_room()
     ticket = room.open_stream().push("a", START_NS + WINDOW_NS)
     clock.now_ns += WINDOW_NS
@@ -698,20 +859,102 @@ def test_a_request_is_not_taken_from_its_deadline_on(open_room: OpenRoom, clock:
     assert room.batches()[1] == 0
 
 
-def test_a_request_whose_deadline_passed_before_it_came_is_never_taken(open_room: OpenRoom) -> None:
+def test_a_request_whose_deadline_passed_before_the_push_is_never_taken(open_room: OpenRoom) -> None:
     room = open_room(window_ns=0)
     tickets = [room.open_stream().push("a", START_NS), room.open_stream().push("b", -1)]
     assert room.poll_batch() is None
     assert states_of(tickets) == [EXPIRED, EXPIRED]
 
 
-def test_the_places_of_expired_requests_in_a_batch_go_to_those_behind(open_room: OpenRoom, clock: ManualClock) -> None:
+def test_expired_requests_give_their_places_in_a_batch_to_those_behind(open_room: OpenRoom, clock: ManualClock) -> None:
     room = open_room(batch_size=3)
     for number in range(7):
         room.open_stream().push(number, START_NS + 1 if number in (0, 2, 3) else None)
     clock.now_ns += 1
     assert requests_of(room.poll_batch()) == ("full", [1, 4, 5])
     assert room.waiting == 1
+
+
+def test_a_batch_is_not_full_if_some_of_its_requests_have_expired(open_room: OpenRoom, clock: ManualClock) -> None:
+    room = open_room(batch_size=3)
+    push_new(room, "a")
+    room.open_stream().push("late", START_NS + 1)
+    push_new(room, "b")
+    clock.now_ns += 1
+    assert room.poll_batch() is None
+    assert (room.waiting, room.batches()[1]) == (2, 0)
+    clock.now_ns = START_NS + WINDOW_NS
+    assert requests_of(room.poll_batch()) == ("timeout", ["a", "b"])
+
+
+def test_the_reason_is_that_of_the_requests_that_have_not_expired(open_room: OpenRoom, clock: ManualClock) -> None:
+    room = open_room(batch_size=3)
+    push_new(room, "a")
+    room.open_stream().push("late", START_NS + 1)
+    push_new(room, "b")
+    clock.now_ns += WINDOW_NS
+    assert requests_of(room.poll_batch()) == ("timeout", ["a", "b"])
+    assert room.batches() == ({"full": 0, "everyone_in": 0, "timeout": 1, "drain": 0}, 2)
+
+
+def test_an_expired_request_does_not_end_the_window_of_a_younger_one(open_room: OpenRoom, clock: ManualClock) -> None:
+    room = open_room()
+    late = room.open_stream().push("late", START_NS + WINDOW_NS)
+    clock.now_ns += 3
+    push_new(room, "young")
+    clock.now_ns = START_NS + WINDOW_NS
+    assert room.poll_batch() is None
+    assert late.state == EXPIRED
+    clock.now_ns += 2
+    assert room.poll_batch() is None
+    clock.now_ns += 1
+    assert requests_of(room.poll_batch()) == ("timeout", ["young"])
+
+
+def test_everyone_is_not_in_if_the_request_of_one_has_expired(open_room: OpenRoom, clock: ManualClock) -> None:
+    room = open_room()
+    first, second = answered_streams(room, clock, 2)
+    pushed_ns = clock.now_ns
+    first.push("a")
+    second.push("late", pushed_ns + 1)
+    clock.now_ns += 1
+    assert room.poll_batch() is None
+    second.push("again")
+    assert requests_of(room.poll_batch()) == ("everyone_in", ["a", "again"])
+
+
+def test_everyone_is_in_if_the_request_that_filled_the_batch_has_expired(
+    open_room: OpenRoom, clock: ManualClock
+) -> None:
+    room = open_room(batch_size=2)
+    (stream,) = answered_streams(room, clock, 1)
+    stream.push("again")
+    room.open_stream().push("late", clock.now_ns + 1)
+    clock.now_ns += 1
+    assert requests_of(room.poll_batch()) == ("everyone_in", ["again"])
+
+
+def test_expired_requests_behind_a_full_batch_stay_until_their_turn(open_room: OpenRoom, clock: ManualClock) -> None:
+    room = open_room(batch_size=2)
+    push_new(room, "a", "b")
+    behind = room.open_stream().push("late", START_NS + 1)
+    clock.now_ns += 1
+    assert requests_of(room.poll_batch()) == ("full", ["a", "b"])
+    assert (behind.state, room.waiting) == (WAITING, 1)
+    clock.now_ns += WINDOW_NS
+    assert room.poll_batch() is None
+    assert (behind.state, room.waiting) == (EXPIRED, 0)
+
+
+def test_requests_that_expire_in_the_middle_leave_no_gaps_behind(clock: ManualClock) -> None:
+    room = _core.WaitingRoom(5, LONG_WINDOW_NS, 64, clock=clock)
+    push_new(room, "oldest")
+    for _ in range(3):
+        room.open_stream().push("late", clock.now_ns + 1)
+    push_new(room, "youngest")
+    clock.now_ns += 1
+    assert room.poll_batch() is None
+    assert (room.pushed - room.popped, room.waiting) == (2, 2)
 
 
 def test_a_waiting_request_ends_at_its_deadline(open_room: OpenRoom, clock: ManualClock) -> None:
@@ -757,7 +1000,7 @@ def test_a_stream_may_push_again_while_its_expired_request_is_in_the_callback(
     assert next_one.outcome == "answer to next"
 
 
-def test_an_answer_at_the_deadline_counts_if_nobody_gave_up_before(open_room: OpenRoom, clock: ManualClock) -> None:
+def test_an_answer_at_the_deadline_counts_if_nobody_gave_up_first(open_room: OpenRoom, clock: ManualClock) -> None:
     room = open_room(batch_size=1)
     ticket = room.open_stream().push("a", START_NS + 1)
     _reason, tickets = room.poll_batch()
@@ -801,7 +1044,7 @@ def test_a_finished_request_stays_finished_when_its_stream_closes(open_room: Ope
     assert (ticket.state, ticket.outcome) == (FINISHED, "answer to a")
 
 
-def test_a_request_on_a_closed_stream_has_left_at_once(open_room: OpenRoom) -> None:
+def test_a_request_pushed_on_a_closed_stream_has_left(open_room: OpenRoom) -> None:
     room = open_room(window_ns=0)
     stream = room.open_stream()
     stream.close()
@@ -819,7 +1062,7 @@ def test_a_stream_may_be_closed_again(open_room: OpenRoom) -> None:
     assert (ticket.state, room.open_streams) == (LEFT, 0)
 
 
-def test_open_streams_are_those_that_were_not_closed(open_room: OpenRoom) -> None:
+def test_open_streams_counts_the_streams_that_are_not_closed(open_room: OpenRoom) -> None:
     room = open_room()
     streams = [room.open_stream() for _ in range(3)]
     assert room.open_streams == 3
@@ -830,7 +1073,7 @@ def test_open_streams_are_those_that_were_not_closed(open_room: OpenRoom) -> Non
 # ---- abandon ----
 
 
-def test_what_has_no_outcome_is_closed_when_the_room_is_abandoned(open_room: OpenRoom) -> None:
+def test_requests_that_have_not_ended_are_closed_when_the_room_is_abandoned(open_room: OpenRoom) -> None:
     room = open_room(batch_size=2)
     tickets = push_new(room, "finished", "left", "taken", "taken, too", "waiting")
     answer(room, room.poll_batch()[1])
@@ -882,18 +1125,18 @@ def test_batches_are_counted_by_reason(open_room: OpenRoom, clock: ManualClock) 
     assert room.batches() == ({"full": 2, "everyone_in": 1, "timeout": 1, "drain": 1}, 7)
 
 
-def test_what_a_caller_does_to_the_counters_it_got_changes_nothing(open_room: OpenRoom) -> None:
+def test_changing_the_returned_counters_changes_nothing(open_room: OpenRoom) -> None:
     room = open_room()
     room.batches()[0]["full"] = 5
     assert room.batches()[0]["full"] == 0
 
 
-# ---- misuse: an error, and never a crash ----
+# ---- misuse raises an error and never crashes ----
 
 _MISUSE_HEAD = """
 clock = _core.ManualClock(1)
-def room(batch_size=1, window_ns=5, capacity=4, clock=clock):
-    return _core.WaitingRoom(batch_size, window_ns, capacity, clock)
+def room(batch_size=1, window_ns=5, capacity=4, clock=clock, **options):
+    return _core.WaitingRoom(batch_size, window_ns, capacity, clock=clock, **options)
 def taken(in_room):
     in_room.open_stream().push("a")
     return in_room.poll_batch()[1]
@@ -909,7 +1152,7 @@ else:
 @pytest.mark.parametrize(
     ("code", "errors"),
     [
-        # Tickets, streams and rooms that came from nowhere.
+        # Tickets, streams and rooms that nothing created properly.
         ("_core.Ticket().state", "TypeError"),
         ("_core.Ticket().wait()", "TypeError"),
         ("_core.Ticket().owner", "TypeError"),
@@ -924,14 +1167,14 @@ else:
         ("type('Mine', (_core.Ticket,), {})", "TypeError"),
         ("__import__('copy').copy(taken(room())[0])", "TypeError"),
         ("__import__('pickle').dumps(taken(room())[0])", "TypeError"),
-        # What is no ticket of this room.
+        # Anything but tickets of this room.
         ("room().finish([None], ['x'])", "TypeError ValueError"),
         ("room().finish([_core.Ticket()], ['x'])", "TypeError ValueError"),
         ("room().finish(['a'], ['x'])", "TypeError"),
         ("room().finish(taken(room()), ['x'])", "ValueError"),
         ("room().finish(None, None)", "TypeError"),
         ("r = room(); r.finish(taken(r), [])", "ValueError"),
-        # Numbers that a room can not have.
+        # Numbers that a room cannot have.
         ("room(batch_size=2**63)", "OverflowError ValueError"),
         ("room(batch_size='many')", "TypeError"),
         ("room(window_ns=2**63)", "OverflowError ValueError"),
@@ -939,9 +1182,14 @@ else:
         ("r = room(capacity=2**61, batch_size=2**61); [r.open_stream().push(i) for i in range(100_000)]", "ValueError"),
         ("room(capacity=2**62 + 1)", "ValueError"),
         ("room(capacity=2**64)", "ValueError"),
+        ("room(capacity_bytes=2**63)", "OverflowError ValueError"),
+        ("room(capacity_bytes='many')", "TypeError"),
         ("room(clock=12)", "TypeError"),
+        ("_core.WaitingRoom(1, 5, 4, clock)", "TypeError"),
         ("room().open_stream().push('a', 2**63)", "OverflowError ValueError"),
         ("room().open_stream().push('a', 'soon')", "TypeError"),
+        ("room().open_stream().push('a', None, 2**63)", "OverflowError ValueError"),
+        ("room().open_stream().push('a', None, 'large')", "TypeError"),
     ],
 )  # fmt: skip
 def test_misuse_raises_and_does_not_crash(core_command: Callable[[str], list[str]], code: str, errors: str) -> None:
@@ -951,21 +1199,23 @@ def test_misuse_raises_and_does_not_crash(core_command: Callable[[str], list[str
     assert process.stdout.strip() in errors.split()
 
 
-def test_a_room_that_was_never_made_does_not_crash_when_it_is_looked_at(
+def test_a_room_that_was_never_initialised_does_not_crash(
     core_command: Callable[[str], list[str]],
 ) -> None:
     script = """
 room = _core.WaitingRoom.__new__(_core.WaitingRoom)
-print(room.waiting, room.pushed, room.popped, room.takers, room.closed, room.poll_batch(), room.is_due())
+print(room.waiting, room.waiting_bytes, room.pushed, room.popped, room.takers)
+print(room.closed, room.poll_batch(), room.is_due())
 room.finish([], [])
 room.close()
 print(room.take_batch())
 """
     process = subprocess.run(core_command(script), capture_output=True, text=True, check=False)
-    assert (process.stdout.split(), process.returncode) == (["0", "0", "0", "0", "False", "None", "False", "None"], 0)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines() == ["0 0 0 0 0", "False None False", "None"]
 
 
-def test_a_taken_batch_that_is_thrown_away_does_no_harm_to_others(core_command: Callable[[str], list[str]]) -> None:
+def test_a_taken_batch_that_is_thrown_away_does_not_affect_others(core_command: Callable[[str], list[str]]) -> None:
     script = """
 room = _core.WaitingRoom(1, 5, 4)
 first, second = room.open_stream(), room.open_stream()
@@ -978,3 +1228,19 @@ print(ticket.state == _core.WAITING, room.waiting, room.poll_batch()[1][0] is ti
     process = subprocess.run(core_command(script), capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     assert process.stdout.split() == ["True", "1", "True"]
+
+
+# ---- the stub ----
+
+
+def test_the_stub_documents_every_class_and_method_as_the_core_does() -> None:
+    stub = ast.parse(Path(_core.__file__).with_name("_core.pyi").read_text())
+    for kind in [node for node in stub.body if isinstance(node, ast.ClassDef)]:
+        members = [node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name != "__init__"]
+        documented = [(kind, getattr(_core, kind.name))]
+        documented += [(node, getattr(getattr(_core, kind.name), node.name)) for node in members]
+        for node, found in documented:
+            text = ast.get_docstring(node)
+            assert text, f"{kind.name}.{node.name}"
+            # Attributes that the core reads straight from a field have no docstring there.
+            assert inspect.getdoc(found) is None or inspect.getdoc(found).startswith(text), f"{kind.name}.{node.name}"

@@ -1,4 +1,4 @@
-"""The core and the plain model of it, driven side by side through the same random steps, and compared after each."""
+"""The core and its plain Python model, driven side by side through the same random steps and compared after each."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from grpc_batcher._core import FINISHED, TAKEN, ManualClock
 START_NS = 1_000_000_000_000
 SECOND_NS = room_model.SECOND_NS
 
-# From now. Mostly none, or nothing would be answered.
+# From now. Mostly none, or hardly anything would be answered.
 DEADLINES_NS = st.sampled_from([None, None, None, None, None, -1, 0, 1, 5, 6, SECOND_NS])
+# Mostly small against the limits below, or hardly anything would be accepted.
+SIZES_BYTES = st.sampled_from([0, 1, 1, 2, 3, 7, 8, -1])
 
-# More than once: more often.
+# A step that is listed twice is taken more often.
 STEPS = (
     *("push_on_idle_streams", "push_on_a_new_stream") * 2,
     *("take", "answer_all") * 2,
@@ -30,14 +32,14 @@ STEPS = (
 
 
 class Pair(NamedTuple):
-    """The same thing twice: a room, a stream or a ticket."""
+    """A room, a stream or a ticket of the core, and its counterpart of the model."""
 
     core: Any
     model: Any
 
 
 def outcome_of(call: Callable[[], Any]) -> Any:
-    """What a call returned, or the error that it raised as text."""
+    """What a call returned, or the error it raised, as text."""
     try:
         return call()
     except (ValueError, RuntimeError, _core.QueueFullError, _core.RoomClosedError) as error:
@@ -45,7 +47,7 @@ def outcome_of(call: Callable[[], Any]) -> Any:
 
 
 def both(call: Callable[[Any], Any], pair: Pair) -> Any:
-    """Make a call on the core's and the model's; they have to return or raise the same."""
+    """Make a call on both, and check that they return or raise the same."""
     core, model = outcome_of(lambda: call(pair.core)), outcome_of(lambda: call(pair.model))
     assert core == model
     return core
@@ -56,28 +58,49 @@ class CoreBesideModel(RuleBasedStateMachine):
         batch_size=st.sampled_from([4, 2, 6, 3, 1]),
         window_ns=st.sampled_from([5, 3 * SECOND_NS, SECOND_NS // 2, 0]),
         capacity=st.sampled_from([5, 3, 8, 4, 1, 2]),
+        capacity_bytes=st.sampled_from([None, 7, 12, 3]),
+        leave_early=st.sampled_from([True, True, False]),
         callers=st.sampled_from([3, 1, 2, 5, 0]),
     )
-    def open_room(self, batch_size: int, window_ns: int, capacity: int, callers: int) -> None:
-        """A room, with some streams that were answered just now."""
+    def open_room(
+        self,
+        batch_size: int,
+        window_ns: int,
+        capacity: int,
+        capacity_bytes: int | None,
+        leave_early: bool,
+        callers: int,
+    ) -> None:
+        """Make a room, with some streams that were answered just now."""
         self.clock = ManualClock(START_NS)
-        arguments = batch_size, window_ns, capacity, self.clock
-        self.room = Pair(_core.WaitingRoom(*arguments), room_model.WaitingRoom(*arguments))
+        self.room = Pair(
+            *(
+                room(
+                    batch_size,
+                    window_ns,
+                    capacity,
+                    capacity_bytes=capacity_bytes,
+                    leave_early=leave_early,
+                    clock=self.clock,
+                )
+                for room in (_core.WaitingRoom, room_model.WaitingRoom)
+            )
+        )
         self.streams: list[Pair] = []
-        self.tickets: list[Pair] = []  # all that `push` returned
-        self.taken: list[Pair] = []  # all that were ever taken, oldest first
+        self.tickets: list[Pair] = []  # every ticket that `push` returned
+        self.taken: list[Pair] = []  # every ticket that was ever taken, oldest first
         self.requests = 0
         self.outcomes = 0
         self.popped_before = 0
         for number in range(callers):
             self.open_stream(number)
-            self.push(self.streams[-1], None)
+            self.push(self.streams[-1], None, 0)
             self.clock.now_ns += window_ns
             self.take()
             self.answer_all()
 
-    # One rule for all steps: hypothesis leaves some rules out of each run, and without callers, or without a taker,
-    # nothing happens in the others.
+    # One rule for all steps: hypothesis leaves some rules out of each run, and without those of the callers, or that of
+    # the taker, the others do nothing.
     @rule(step=st.sampled_from(STEPS), data=st.data())
     def do(self, step: str, data: st.DataObject) -> None:
         getattr(self, step)(data)
@@ -87,36 +110,39 @@ class CoreBesideModel(RuleBasedStateMachine):
     def open_stream(self, owner: object) -> None:
         self.streams.append(Pair(self.room.core.open_stream(owner), self.room.model.open_stream(owner)))
 
-    def push(self, stream: Pair, deadline_in_ns: int | None) -> None:
+    def push(self, stream: Pair, deadline_in_ns: int | None, size_bytes: int) -> None:
         self.requests += 1
         deadline_ns = None if deadline_in_ns is None else self.clock.now_ns + deadline_in_ns
-        core, model = (outcome_of(lambda one=one: one.push(self.requests, deadline_ns)) for one in stream)
+        core, model = (outcome_of(lambda one=one: one.push(self.requests, deadline_ns, size_bytes)) for one in stream)
         if isinstance(core, str) or isinstance(model, str):
             assert core == model
         else:
             self.tickets.append(Pair(core, model))
 
     def push_on_any_stream(self, data: st.DataObject) -> None:
-        """Also on those that are closed, or have a request already."""
+        """Including streams that are closed or already have a request."""
         if self.streams:
-            self.push(data.draw(st.sampled_from(self.streams)), data.draw(DEADLINES_NS))
+            self.push_drawn(data.draw(st.sampled_from(self.streams)), data)
+
+    def push_drawn(self, stream: Pair, data: st.DataObject) -> None:
+        self.push(stream, data.draw(DEADLINES_NS), data.draw(SIZES_BYTES))
 
     def push_on_a_new_stream(self, data: st.DataObject) -> None:
         self.open_stream(data.draw(st.integers()))
-        self.push(self.streams[-1], data.draw(DEADLINES_NS))
+        self.push_drawn(self.streams[-1], data)
 
     def push_on_idle_streams(self, data: st.DataObject) -> None:
         model = self.room.model
         idle = [one for one in self.streams if one.model.is_open and not model.unfinished_of(one.model)]
         for stream in data.draw(st.permutations(idle))[data.draw(st.integers(0, 1)) :]:
-            self.push(stream, data.draw(DEADLINES_NS))
+            self.push_drawn(stream, data)
 
     def close_stream(self, data: st.DataObject) -> None:
         if self.streams:
             both(lambda stream: stream.close(), data.draw(st.sampled_from(self.streams)))
 
     def close_stream_that_waits(self, data: st.DataObject) -> None:
-        """One that leaves before its turn leaves a gap in the ring."""
+        """A request that leaves before its turn leaves a gap in the ring."""
         queue = self.room.model.queue()
         waiting = [stream for stream in self.streams if any(ticket.stream is stream.model for ticket in queue)]
         if waiting:
@@ -148,7 +174,7 @@ class CoreBesideModel(RuleBasedStateMachine):
         return f"outcome {self.outcomes}"
 
     def answer_some(self, data: st.DataObject) -> None:
-        """Of what was ever taken: also what has ended, or was answered, before."""
+        """Any tickets that were ever taken, including those that have ended since."""
         if self.taken:
             tickets = data.draw(st.lists(st.sampled_from(self.taken), min_size=1, max_size=4, unique_by=id))
             missing_outcomes = data.draw(st.sampled_from([0, 0, 0, 0, 0, 1]))
@@ -164,11 +190,11 @@ class CoreBesideModel(RuleBasedStateMachine):
         self.clock.now_ns += data.draw(st.sampled_from([1, 2, 5, SECOND_NS // 2]))
 
     def let_time_pass_until_something_could_happen(self, data: st.DataObject) -> None:
-        """To the nanosecond at which a window, a deadline or a stream's second ends; or to the one before it."""
+        """To the nanosecond at which a window, a deadline or a stream's second ends, or to the one before it."""
         before_ns = data.draw(st.sampled_from([0, 1]))
         model = self.room.model
         moments = [ticket.pushed_ns + model.window_ns for ticket in model.queue()]
-        moments += [ticket.deadline_ns for ticket in model.let_in if ticket.deadline_ns is not None]
+        moments += [ticket.deadline_ns for ticket in model.accepted if ticket.deadline_ns is not None]
         moments += [stream.answered_ns + SECOND_NS for stream in model.streams if stream.answered_ns is not None]
         ahead = sorted({moment - before_ns for moment in moments if moment - before_ns > self.clock.now_ns})
         if ahead:
@@ -177,7 +203,7 @@ class CoreBesideModel(RuleBasedStateMachine):
     # ---- the end ----
 
     def end(self, data: st.DataObject) -> None:
-        if self.requests > 20:  # or little would have happened before
+        if self.requests > 20:  # let something happen first
             how = data.draw(st.sampled_from(["close", "abandon"]))
             both(lambda room: getattr(room, how)(), self.room)
 
@@ -186,8 +212,8 @@ class CoreBesideModel(RuleBasedStateMachine):
     @invariant()
     def the_room_looks_the_same(self) -> None:
         for look in (
-            lambda room: (room.batch_size, room.window_ns, room.capacity),
-            lambda room: (room.closed, room.waiting, room.pushed, room.open_streams),
+            lambda room: (room.batch_size, room.window_ns, room.capacity, room.capacity_bytes, room.leave_early),
+            lambda room: (room.closed, room.waiting, room.waiting_bytes, room.pushed, room.open_streams),
             lambda room: room.batches(),
             lambda room: room.is_due(),
         ):
@@ -203,14 +229,14 @@ class CoreBesideModel(RuleBasedStateMachine):
 
     @invariant()
     def positions_are_used_up_once(self) -> None:
-        """The model has no ring; what can be said of `popped` is that what waits lies between it and the end."""
+        """The model has no ring, so of `popped` only this can be said: what waits lies between it and `pushed`."""
         room = self.room.core
         assert self.popped_before <= room.popped <= room.pushed - room.waiting
         assert room.waiting > 0 or room.popped == room.pushed
         self.popped_before = room.popped
 
     def teardown(self) -> None:
-        """A room that holds requests would live for ever."""
+        """A room that holds requests is never freed."""
         if hasattr(self, "room"):
             self.room.core.abandon()
 

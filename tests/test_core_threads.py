@@ -1,4 +1,4 @@
-"""The waiting room under real threads and the real clock. Only the core: the model of it knows one thread."""
+"""The waiting room with real threads and the real clock. Core only: the model supports one thread."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 @pytest.fixture
 def open_room(threads: ThreadPoolExecutor) -> Iterator[OpenRoom]:
-    """Rooms that are abandoned in the end, which is before `threads` waits for those that may block in them."""
+    """Opens rooms and abandons them in the end, before `threads` joins the threads that may be blocked in them."""
     rooms: list[WaitingRoom] = []
 
-    def open_room(batch_size: int = 4, window_ns: int = MS_NS, capacity: int = 1024) -> WaitingRoom:
-        rooms.append(WaitingRoom(batch_size, window_ns, capacity))
+    def open_room(batch_size: int = 4, window_ns: int = MS_NS, capacity: int = 1024, **options: Any) -> WaitingRoom:
+        rooms.append(WaitingRoom(batch_size, window_ns, capacity, **options))
         return rooms[-1]
 
     yield open_room
@@ -51,13 +51,13 @@ def open_room(threads: ThreadPoolExecutor) -> Iterator[OpenRoom]:
 
 
 def wait_until(holds: Callable[[], object]) -> None:
-    """Wait for a state. The limit is that of the test."""
+    """Wait for a state, for as long as the test may take."""
     while not holds():
         time.sleep(0.001)
 
 
 def take(room: WaitingRoom) -> list[Ticket]:
-    """Take a batch, which has to come; without its reason."""
+    """Take a batch and return its tickets."""
     taken = room.take_batch()
     assert taken is not None
     return taken[1]
@@ -72,7 +72,7 @@ def answer(room: WaitingRoom, tickets: list[Ticket]) -> None:
 
 
 def serve(room: WaitingRoom) -> Batches:
-    """What a taker does until the room is closed and empty. Returns what it took."""
+    """Be the taker until the room is closed and empty. Returns what was taken."""
     batches: Batches = []
     while (taken := room.take_batch()) is not None:
         answer(room, taken[1])
@@ -85,18 +85,18 @@ def tickets_of(batches: Batches) -> list[Ticket]:
 
 
 def call(room: WaitingRoom, name: int, count: int) -> list[Ticket]:
-    """What a caller does: one request after the other, on one stream."""
+    """Be a caller: push one request after another on one stream. Each counts a few bytes."""
     stream = room.open_stream()
     tickets = []
     for number in range(count):
-        tickets.append(stream.push((name, number)))
+        tickets.append(stream.push((name, number), None, number % 7))
         assert tickets[-1].wait() == FINISHED
     stream.close()
     return tickets
 
 
 def call_until_closed(room: WaitingRoom, name: int) -> list[Ticket]:
-    """A caller that goes on until the room refuses its request, or ends it."""
+    """Be a caller until the room refuses a request, or ends one without an answer."""
     stream = room.open_stream()
     tickets: list[Ticket] = []
     try:
@@ -108,7 +108,7 @@ def call_until_closed(room: WaitingRoom, name: int) -> list[Ticket]:
 
 
 def answered_streams(room: WaitingRoom) -> list[Any]:
-    """As many streams as a batch has places, each answered once. For a room that is empty and has no taker."""
+    """Open `batch_size` streams and answer one request of each. The room must be empty and have no taker."""
     streams = [room.open_stream() for _ in range(room.batch_size)]
     for stream in streams:
         stream.push("first")
@@ -117,7 +117,7 @@ def answered_streams(room: WaitingRoom) -> list[Any]:
 
 
 def take_in_sleep(threads: ThreadPoolExecutor, room: WaitingRoom) -> Future[Any]:
-    """Take a batch on another thread. Comes back when that sleeps."""
+    """Take a batch on another thread. Returns once that thread sleeps."""
     taken = threads.submit(room.take_batch)
     wait_until(lambda: room.takers == 1)
     return taken
@@ -157,10 +157,14 @@ def test_nothing_is_lost_doubled_or_reordered(
     assert all(1 <= len(tickets) <= batch_size for _reason, tickets in batches)
     reasons = Counter(reason for reason, _tickets in batches)
     assert room.batches() == ({reason: reasons[reason] for reason in _core.REASONS}, len(served))
-    assert (room.pushed, room.popped, room.waiting, room.open_streams) == (len(served), len(served), 0, 0)
+    assert (room.pushed, room.popped, room.open_streams) == (len(served), len(served), 0)
+    assert (room.waiting, room.waiting_bytes) == (0, 0)
 
 
-def test_nothing_is_lost_when_callers_find_the_room_full(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+@pytest.mark.parametrize("limit", [{"capacity": 2}, {"capacity_bytes": 20}])
+def test_nothing_is_lost_when_callers_find_the_room_full(
+    threads: ThreadPoolExecutor, open_room: OpenRoom, limit: dict[str, int]
+) -> None:
     refused: list[Any] = []
 
     def insist(name: int) -> None:
@@ -168,7 +172,7 @@ def test_nothing_is_lost_when_callers_find_the_room_full(threads: ThreadPoolExec
         for number in range(100):
             while True:
                 try:
-                    ticket = stream.push((name, number))
+                    ticket = stream.push((name, number), None, 10)
                     break
                 except _core.QueueFullError:
                     refused.append((name, number))
@@ -176,7 +180,7 @@ def test_nothing_is_lost_when_callers_find_the_room_full(threads: ThreadPoolExec
             assert ticket.wait() == FINISHED
             assert ticket.outcome == answer_to((name, number))
 
-    room = open_room(batch_size=2, capacity=2)
+    room = open_room(batch_size=2, **limit)
     results = [threads.submit(insist, name) for name in range(16)]
     wait_until(lambda: refused)
     server = threads.submit(serve, room)
@@ -186,9 +190,10 @@ def test_nothing_is_lost_when_callers_find_the_room_full(threads: ThreadPoolExec
     assert Counter(ticket.request for ticket in tickets_of(server.result())) == Counter(
         (name, number) for name in range(16) for number in range(100)
     )
+    assert (room.waiting, room.waiting_bytes) == (0, 0)
 
 
-def test_what_was_let_in_is_answered_when_the_room_closes_under_load(
+def test_accepted_requests_are_answered_when_the_room_closes_under_load(
     threads: ThreadPoolExecutor, open_room: OpenRoom
 ) -> None:
     for enough in (0, 1, 100, 500):
@@ -208,7 +213,7 @@ def test_what_was_let_in_is_answered_when_the_room_closes_under_load(
 # ---- abandon ----
 
 
-def test_an_abandoned_room_ends_what_waits_and_what_is_in_the_callback(
+def test_abandoning_a_room_ends_requests_that_wait_and_those_in_the_callback(
     threads: ThreadPoolExecutor, open_room: OpenRoom
 ) -> None:
     room = open_room(batch_size=4)
@@ -245,9 +250,7 @@ def test_each_request_is_answered_or_closed_when_the_room_is_abandoned_under_loa
 # ---- callers that leave ----
 
 
-def test_a_thread_that_waits_comes_back_when_its_stream_closes(
-    threads: ThreadPoolExecutor, open_room: OpenRoom
-) -> None:
+def test_a_waiting_thread_returns_when_its_stream_closes(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
     room = open_room(window_ns=HOUR_NS)
     stream = room.open_stream()
     waiter = threads.submit(stream.push("a").wait)
@@ -256,7 +259,7 @@ def test_a_thread_that_waits_comes_back_when_its_stream_closes(
     assert room.waiting == 0
 
 
-def test_a_thread_whose_request_is_taken_comes_back_when_its_stream_closes(
+def test_a_thread_whose_request_is_taken_returns_when_its_stream_closes(
     threads: ThreadPoolExecutor, open_room: OpenRoom
 ) -> None:
     room = open_room(batch_size=2, window_ns=HOUR_NS)
@@ -285,7 +288,7 @@ def test_each_request_is_answered_or_left_when_streams_close_at_random_moments(
         tickets = []
         stream = room.open_stream()
         for number in range(150):
-            ticket = stream.push((name, number))
+            ticket = stream.push((name, number), None, number)
             tickets.append(ticket)
             if chance.random() < 0.5:
                 to_close.put(stream)
@@ -316,13 +319,13 @@ def test_each_request_is_answered_or_left_when_streams_close_at_random_moments(
         assert ticket.state == LEFT or ticket.outcome == answer_to(ticket.request)
     pushed_ns = [ticket.pushed_ns for ticket in served]
     assert pushed_ns == sorted(pushed_ns)
-    assert (room.waiting, room.open_streams) == (0, 0)
+    assert (room.waiting, room.waiting_bytes, room.open_streams) == (0, 0, 0)
 
 
 # ---- deadlines ----
 
 
-def test_a_thread_that_waits_comes_back_at_its_deadline(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+def test_a_waiting_thread_returns_at_its_deadline(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
     room = open_room(window_ns=HOUR_NS)
     deadline_ns = time.monotonic_ns() + 30 * MS_NS
     ticket = room.open_stream().push("a", deadline_ns)
@@ -331,7 +334,7 @@ def test_a_thread_that_waits_comes_back_at_its_deadline(threads: ThreadPoolExecu
     assert (room.waiting, room.poll_batch()) == (0, None)
 
 
-def test_a_thread_whose_request_is_taken_comes_back_at_its_deadline(
+def test_a_thread_whose_request_is_taken_returns_at_its_deadline(
     threads: ThreadPoolExecutor, open_room: OpenRoom
 ) -> None:
     room = open_room(batch_size=2, window_ns=HOUR_NS)
@@ -348,9 +351,9 @@ def test_a_thread_whose_request_is_taken_comes_back_at_its_deadline(
     assert (hasty.state, patient.outcome) == (EXPIRED, answer_to("patient"))
 
 
-def test_the_main_thread_comes_back_at_its_deadline(open_room: OpenRoom) -> None:
+def test_the_main_thread_returns_at_its_deadline(open_room: OpenRoom) -> None:
     room = open_room(window_ns=HOUR_NS)
-    # Longer than the main thread sleeps at a time.
+    # Longer than one sleep of the main thread.
     deadline_ns = time.monotonic_ns() + 450 * MS_NS
     assert room.open_stream().push("a", deadline_ns).wait() == EXPIRED
     assert time.monotonic_ns() >= deadline_ns
@@ -365,7 +368,7 @@ def test_each_request_is_answered_or_expired_when_deadlines_pass_under_load(
         stream = room.open_stream()
         for number in range(150):
             deadline_ns = time.monotonic_ns() + chance.randrange(2 * MS_NS)
-            ticket = stream.push((name, number), deadline_ns)
+            ticket = stream.push((name, number), deadline_ns, number)
             tickets.append((ticket, deadline_ns))
             if ticket.wait() == EXPIRED:
                 assert time.monotonic_ns() >= deadline_ns
@@ -384,13 +387,13 @@ def test_each_request_is_answered_or_expired_when_deadlines_pass_under_load(
         assert ticket.state in (FINISHED, EXPIRED)
         assert ticket.taken_ns < deadline_ns
         assert ticket.state == EXPIRED or ticket.outcome == answer_to(ticket.request)
-    assert room.waiting == 0
+    assert (room.waiting, room.waiting_bytes) == (0, 0)
 
 
 # ---- what wakes a taker ----
 
 
-def test_a_taker_wakes_when_the_batch_gets_full(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+def test_a_taker_wakes_when_the_batch_is_full(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
     room = open_room(batch_size=3, window_ns=HOUR_NS)
     taken = take_in_sleep(threads, room)
     for request in ("a", "b", "c"):
@@ -452,8 +455,31 @@ def test_a_taker_waits_for_the_window(threads: ThreadPoolExecutor, open_room: Op
     assert ticket.taken_ns - ticket.pushed_ns >= 50 * MS_NS
 
 
+def test_a_taker_waits_for_the_window_if_nobody_leaves_early(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+    room = open_room(batch_size=2, window_ns=50 * MS_NS, leave_early=False)
+    stream, other = answered_streams(room)
+    other.close()
+    taken = take_in_sleep(threads, room)
+    ticket = stream.push("a")
+    assert requests_of(taken.result()) == ("timeout", ["a"])
+    assert ticket.taken_ns - ticket.pushed_ns >= 50 * MS_NS
+
+
+def test_a_taker_sleeps_on_if_the_request_that_filled_the_batch_had_expired(
+    threads: ThreadPoolExecutor, open_room: OpenRoom
+) -> None:
+    room = open_room(batch_size=2, window_ns=HOUR_NS)
+    room.open_stream().push("a")
+    taken = take_in_sleep(threads, room)
+    late = room.open_stream().push("late", time.monotonic_ns())
+    wait_until(lambda: taken.done() or (late.state == EXPIRED and room.takers == 1))
+    assert not taken.done()
+    room.open_stream().push("b")
+    assert requests_of(taken.result()) == ("full", ["a", "b"])
+
+
 def test_the_main_thread_waits_for_the_window(open_room: OpenRoom) -> None:
-    # Longer than the main thread sleeps at a time.
+    # Longer than one sleep of the main thread.
     room = open_room(window_ns=450 * MS_NS)
     ticket = room.open_stream().push("a")
     assert requests_of(room.take_batch()) == ("timeout", ["a"])
@@ -470,7 +496,7 @@ def test_a_taker_wakes_when_the_room_is_closed(threads: ThreadPoolExecutor, open
 
 
 @pytest.mark.parametrize("end", [WaitingRoom.close, WaitingRoom.abandon])
-def test_the_taker_of_an_empty_room_wakes_when_that_ends(
+def test_the_taker_of_an_empty_room_wakes_when_the_room_ends(
     threads: ThreadPoolExecutor, open_room: OpenRoom, end: Callable[[WaitingRoom], None]
 ) -> None:
     room = open_room(window_ns=HOUR_NS)
@@ -484,14 +510,14 @@ def test_a_taker_wakes_when_the_room_is_abandoned(threads: ThreadPoolExecutor, o
     room.open_stream().push("a")
     taken = take_in_sleep(threads, room)
     room.abandon()
-    # The room is closed first, and what waits ends then: a quick taker still gets it.
+    # `abandon` closes the room before it ends the request, so a quick taker may still get it.
     assert taken.result() is None or requests_of(taken.result()) == ("drain", ["a"])
 
 
 # ---- what wakes a waiter ----
 
 
-def test_all_threads_that_wait_for_one_ticket_come_back(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+def test_all_threads_that_wait_for_one_ticket_return(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
     room = open_room(batch_size=1)
     for end, state in (
         (lambda stream, ticket: answer(room, [ticket]), FINISHED),
@@ -507,12 +533,12 @@ def test_all_threads_that_wait_for_one_ticket_come_back(threads: ThreadPoolExecu
 
 
 def switches(thread_id: int) -> int:
-    """How often a thread went to sleep so far."""
+    """How often a thread has gone to sleep."""
     status = Path(f"/proc/self/task/{thread_id}/status").read_text()
     return int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0])
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="only Linux tells how often a thread went to sleep")
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="only Linux counts how often a thread goes to sleep")
 def test_finishing_a_batch_wakes_nobody_who_waits_for_another(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
     thread_ids: list[int] = []
 
@@ -535,7 +561,7 @@ def test_finishing_a_batch_wakes_nobody_who_waits_for_another(threads: ThreadPoo
         answer(room, take(room))
     caller.result()
     assert [ticket.state for ticket in sleepers] == [TAKEN] * 3
-    # One that was still on its way to sleep adds a few; being woken each round would add hundreds.
+    # A thread that was not quite asleep adds a few. Waking in each round would add hundreds.
     assert sum(map(switches, thread_ids)) - before < rounds / 5
     answer(room, held)
     assert [waiter.result() for waiter in waiters] == [FINISHED] * 3
@@ -543,7 +569,7 @@ def test_finishing_a_batch_wakes_nobody_who_waits_for_another(threads: ThreadPoo
 
 # ---- the GIL, and signals ----
 
-# A thread gives the GIL up when it blocks or after a second, so that nothing but a call that blocks lets another in.
+# With this switch interval, another thread gets the GIL within a second only if the running one blocks.
 _GIL_HEAD = """
 import sys, threading, time
 sys.setswitchinterval(1)
@@ -551,7 +577,7 @@ room = _core.WaitingRoom(1, 5, 4)
 """
 
 
-def test_a_thread_in_take_batch_leaves_the_gil_to_others(core_command: Callable[[str], list[str]]) -> None:
+def test_a_thread_in_take_batch_releases_the_gil(core_command: Callable[[str], list[str]]) -> None:
     script = """
 taken = []
 taker = threading.Thread(target=lambda: taken.append(room.take_batch()))
@@ -566,7 +592,7 @@ print(taken[0][1][0].request)
     assert (process.returncode, process.stdout) == (0, "a\n"), process.stderr
 
 
-def test_a_thread_in_wait_leaves_the_gil_to_others(core_command: Callable[[str], list[str]]) -> None:
+def test_a_thread_in_wait_releases_the_gil(core_command: Callable[[str], list[str]]) -> None:
     script = """
 ticket = room.open_stream().push("a")
 begun = []
@@ -595,10 +621,10 @@ room = _core.WaitingRoom(2, 3_600 * 10**9, 4)
 ticket = room.open_stream().push("a")
 handled = []
 signal.signal(signal.SIGUSR1, lambda *_: handled.append("handled"))
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have set it to be ignored
 
 def say_when_it_blocks():
-    # Only the main thread runs handlers. When it ran several and is not back, it is in the call.
+    # Only the main thread runs handlers. Once it has run several, it is blocked in the call.
     for number in range(1, 4):
         os.kill(os.getpid(), signal.SIGUSR1)
         while len(handled) < number:
@@ -623,15 +649,19 @@ print(reason, len(tickets), ticket.wait() == _core.FINISHED, ticket.outcome)
     assert (process.returncode, output.splitlines()) == (0, ["interrupted", "full 2 True x"]), errors
 
 
-# ---- nothing is kept ----
+# ---- everything is freed ----
+
+
+def small_room(clock: ManualClock) -> WaitingRoom:
+    return WaitingRoom(1, 0, 1, capacity_bytes=1000, clock=clock)
 
 
 class Thing:
-    """A request or an outcome whose end can be seen."""
+    """A request or an outcome that a test can watch being freed."""
 
 
 def living() -> Counter[str]:
-    """How many tickets, streams and rooms there are."""
+    """How many tickets, streams and rooms exist."""
     gc.collect()
     kinds = (_core.Ticket, _core.Stream, _core.WaitingRoom)
     return Counter(type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, kinds))
@@ -666,7 +696,7 @@ def left_while_it_was_taken(room: WaitingRoom, clock: ManualClock, request: Thin
     room.finish(tickets, [outcome])
 
 
-def left_before_it_came(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+def pushed_on_a_closed_stream(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
     stream = room.open_stream()
     stream.close()
     assert stream.push(request).state == LEFT
@@ -708,7 +738,7 @@ def refused_by_a_closed_room(room: WaitingRoom, clock: ManualClock, request: Thi
         stream.push(request)
 
 
-def refused_as_its_stream_is_busy(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+def refused_because_its_stream_is_busy(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
     stream = room.open_stream()
     stream.push(Thing())
     with pytest.raises(RuntimeError, match="one request at a time"):
@@ -722,6 +752,11 @@ def refused_by_a_full_room(room: WaitingRoom, clock: ManualClock, request: Thing
     with pytest.raises(_core.QueueFullError):
         room.open_stream().push(request)
     first.close()
+
+
+def refused_for_its_bytes(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
+    with pytest.raises(_core.QueueBytesFullError):
+        room.open_stream().push(request, None, 1001)
 
 
 def thrown_away_when_it_was_taken(room: WaitingRoom, clock: ManualClock, request: Thing, outcome: Thing) -> None:
@@ -743,15 +778,16 @@ ENDINGS = [
     finished_twice,
     left_while_it_waited,
     left_while_it_was_taken,
-    left_before_it_came,
+    pushed_on_a_closed_stream,
     expired_before_it_was_taken,
     expired_while_somebody_waited,
     expired_while_it_was_taken,
     abandoned_while_it_waited,
     abandoned_while_it_was_taken,
     refused_by_a_closed_room,
-    refused_as_its_stream_is_busy,
+    refused_because_its_stream_is_busy,
     refused_by_a_full_room,
+    refused_for_its_bytes,
     thrown_away_when_it_was_taken,
     finished_with_a_wrong_number_of_outcomes,
 ]
@@ -760,12 +796,12 @@ ENDINGS = [
 @pytest.mark.parametrize("end", ENDINGS)
 def test_a_request_and_its_outcome_are_freed_however_it_ended(end: Callable[..., None]) -> None:
     clock = ManualClock(1)
-    room = WaitingRoom(1, 0, 1, clock)
+    room = small_room(clock)
     request, outcome = Thing(), Thing()
     watched = [weakref.ref(request), weakref.ref(outcome)]
     end(room, clock, request, outcome)
     del request, outcome
-    gc.collect()  # of what pytest.raises keeps, not of the room
+    gc.collect()  # for what pytest.raises keeps; the room needs no collection
     assert [ref() for ref in watched] == [None, None]
 
 
@@ -774,7 +810,7 @@ def test_rooms_streams_and_tickets_are_freed_however_requests_ended(end: Callabl
     before = living()
     for _ in range(10):
         clock = ManualClock(1)
-        room = WaitingRoom(1, 0, 1, clock)
+        room = small_room(clock)
         end(room, clock, Thing(), Thing())
     del room
     assert living() == before
@@ -786,12 +822,12 @@ def test_references_are_neither_kept_nor_dropped_twice_however_requests_ended(en
     before = sys.getrefcount(request), sys.getrefcount(outcome)
     for _ in range(100):
         clock = ManualClock(1)
-        end(WaitingRoom(1, 0, 1, clock), clock, request, outcome)
+        end(small_room(clock), clock, request, outcome)
     gc.collect()
     assert (sys.getrefcount(request), sys.getrefcount(outcome)) == before
 
 
-def test_a_ticket_that_left_the_room_is_only_its_holders() -> None:
+def test_the_room_keeps_no_reference_to_a_ticket_that_has_ended() -> None:
     room = WaitingRoom(1, 0, 4)
     stream = room.open_stream()
     ticket, plain = stream.push("a"), object()
@@ -802,7 +838,7 @@ def test_a_ticket_that_left_the_room_is_only_its_holders() -> None:
     assert sys.getrefcount(ticket) == sys.getrefcount(plain)
 
 
-def test_a_closed_stream_is_freed_though_its_room_lives_on() -> None:
+def test_a_closed_stream_is_freed_while_its_room_lives() -> None:
     room = WaitingRoom(1, 0, 4)
     before = living()
     for _ in range(10):
@@ -814,7 +850,7 @@ def test_a_closed_stream_is_freed_though_its_room_lives_on() -> None:
     assert living() == before
 
 
-def test_everything_is_freed_after_a_load_of_callers_that_leave_expire_or_stay(threads: ThreadPoolExecutor) -> None:
+def test_everything_is_freed_after_callers_leave_expire_or_stay_under_load(threads: ThreadPoolExecutor) -> None:
     def call_and_end_somehow(room: WaitingRoom, name: int) -> None:
         chance = random.Random(name)
         stream = room.open_stream()
@@ -845,8 +881,8 @@ def test_everything_is_freed_after_a_load_of_callers_that_leave_expire_or_stay(t
         server.result()
 
     request, outcome = Thing(), Thing()
-    load()  # what is made once, such as threads, is there now
+    load()  # creates what is created once, such as threads
     before = living(), sys.getrefcount(request), sys.getrefcount(outcome)
     load()
-    # A thread of the pool drops what it worked on when its result is out already.
+    # A thread of the pool may drop its work a little after it has set the result.
     wait_until(lambda: (living(), sys.getrefcount(request), sys.getrefcount(outcome)) == before)

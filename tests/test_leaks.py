@@ -1,4 +1,4 @@
-"""The native modules in a process of their own: thousands of rounds of all they do leave no memory behind."""
+"""The native modules, in a process of their own: thousands of rounds of everything they do leak no memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from serving import run_program
 
-# Blocks are what Python's allocator has given out; what is over 512 bytes comes from malloc, and shows in the memory.
+# Python's allocator counts its blocks. Anything above 512 bytes comes from malloc and shows up in the process's memory.
 HEAD = """
 import gc, re, sys
 from pathlib import Path
@@ -24,7 +24,7 @@ def repeat(one_round):
     for _ in range(ROUNDS):
         one_round()
     blocks, memory_bytes = (after - first for after, first in zip(used(), before))
-    # One block a round would be ROUNDS of them; one payload a round would be 200 MB.
+    # Leaking one block per round would add ROUNDS blocks; leaking one payload per round would add 200 MB.
     assert blocks < ROUNDS / 10, f"{blocks} blocks more after {ROUNDS} rounds"
     assert memory_bytes < 50_000_000, f"{memory_bytes} bytes more after {ROUNDS} rounds"
 
@@ -34,7 +34,7 @@ PAYLOAD = bytes(100_000)
 
 CORE = """
 sys.path.insert(0, sys.argv[1])
-from test_core_threads import ENDINGS
+from test_core_threads import ENDINGS, small_room
 from grpc_batcher._core import ManualClock, WaitingRoom
 
 class Large:
@@ -44,7 +44,7 @@ class Large:
 def end_all_ways():
     for end in ENDINGS:
         clock = ManualClock(1)
-        end(WaitingRoom(1, 0, 1, clock), clock, Large(), Large())
+        end(small_room(clock), clock, Large(), Large())
     WaitingRoom(1, 0, 100_000)  # a large ring
 
 repeat(end_all_ways)
@@ -75,7 +75,7 @@ def read_and_write():
     raises(OverflowError, codec.write, [buffer, 2**31])
     raises(BufferError, codec.write, [memoryview(buffer)[::2], 5])
     raises(ValueError, _wire.RequestCodec, 16, [(1, True)])
-    assert codec.read(REQUEST[:-1]) is None  # what is broken behind a payload that was read
+    assert codec.read(REQUEST[:-1]) is None  # broken after a payload that was read
     assert codec.read(REQUEST[:-1] + b"\\x80") is None
     assert _wire.read_answer(ANSWER) == ({key: PAYLOAD, "other": b"value"}, -1)
     assert _wire.read_answer(ANSWER[:-1] + b"\\x80") is None
@@ -89,12 +89,12 @@ read_and_write()
 before = [sys.getrefcount(each) for each in watched]
 repeat(read_and_write)
 assert [sys.getrefcount(each) for each in watched] == before
-buffer.append(1)  # which a buffer that is still held would forbid
+buffer.append(1)  # raises if an export of the buffer is still held
 print("ok")
 """
 
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("script", [CORE, WIRE], ids=["core", "wire"])
-def test_thousands_of_rounds_leave_no_memory_behind(script: str, tmp_path: Path) -> None:
+def test_thousands_of_rounds_leak_no_memory(script: str, tmp_path: Path) -> None:
     assert run_program(tmp_path, HEAD + script, str(Path(__file__).parent)) == ["ok"]
