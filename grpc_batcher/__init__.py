@@ -9,8 +9,10 @@ except ImportError as error:
         "source tree and import the package from another folder, or `pip install -e .` to work on the tree itself."
     ) from error
 
+from . import _process as _process  # before grpc is imported
 from ._client.client import MukoeBatcherClient
 from ._errors import BatcherError, BindError, RequestError
+from ._info import info
 from ._server.batcher import MukoeBatcher
 from ._server.create import create_batcher
 from ._server.metrics import Histogram, Metrics, Percentiles
@@ -27,4 +29,5 @@ __all__ = [
     "RequestError",
     "__version__",
     "create_batcher",
+    "info",
 ]

@@ -92,7 +92,8 @@ cdef struct stream_t:
     stream_t *older          # neighbours in that list
     stream_t *newer
 
-# Guarded by the room's mutex, except `wrapper`, `deadline_ns` and `size_bytes`, which never change after `push`.
+# Guarded by the room's mutex, except what never changes after `push`: `wrapper`, `pushed_ns`, `deadline_ns` and
+# `size_bytes`.
 cdef struct ticket_t:
     PyObject *wrapper        # the Ticket that contains this struct; borrowed
     stream_t *stream
@@ -216,7 +217,7 @@ cdef class Ticket:
     @property
     def taken_ns(self):
         """Monotonic time at which a batch took the request, in nanoseconds; 0 if none has."""
-        return self._c.taken_ns
+        return room_of(self._stream)._read_count(&self._c.taken_ns)
 
     def wait(self):
         """Block, without the GIL, until the request ends, and return its final state.
@@ -322,7 +323,7 @@ cdef class WaitingRoom:
     taken can still be finished. `abandon` also closes every stream and ends every request that has not ended as CLOSED,
     which wakes its waiters.
     """
-    # Constant after __init__.
+    # Constant after __init__; the ring's slots are guarded by _mutex.
     cdef ticket_t **_ring                  # a slot is NULL if its ticket was removed before its turn
     cdef int64_t _mask                     # the ring's size is a power of two: mask + 1
     cdef int64_t _capacity_bytes           # NO_LIMIT for none
@@ -341,7 +342,7 @@ cdef class WaitingRoom:
     cdef int64_t _waiting                  # tickets in the ring
     cdef int64_t _waiting_bytes            # their size_bytes, added up
     cdef int64_t _first_timers             # tickets in the ring whose stream was never answered
-    cdef int64_t _recent                   # open streams answered within the last second
+    cdef int64_t _recent                   # open streams answered within the last second; 0 unless leave_early
     cdef int64_t _recent_waiting           # recent streams with a ticket in the ring
     cdef stream_t *_oldest_answer          # the list of recent streams, in the order of their answers
     cdef stream_t *_newest_answer
@@ -366,8 +367,8 @@ cdef class WaitingRoom:
             raise ValueError(f"window_ns is {window_ns}; it must be from 0 to {MAX_WINDOW_NS}")
         if self._ring != NULL:
             raise RuntimeError("this WaitingRoom is already initialised")
-        # At least half of the slots are spare. So _close_gaps, which visits every slot, runs at most once per `capacity`
-        # pushes, and a push costs O(1) on average even if the room is full and requests leave from its middle.
+        # Half of the slots or more are spare, so _push calls _close_gaps, which visits every slot, at most once per
+        # `capacity` pushes. A push then costs O(1) on average, even if requests leave from the middle of a full room.
         cdef int64_t size = 2
         while size < 2 * capacity:
             size *= 2
@@ -870,7 +871,7 @@ cdef class WaitingRoom:
 
     cdef void _remember_answer(self, stream_t *stream, int64_t now_ns) noexcept nogil:
         stream.was_answered = True
-        if not stream.is_open:
+        if not (stream.is_open and self.leave_early):
             return
         self._forget_answer(stream)
         stream.is_recent = True

@@ -17,11 +17,12 @@ import click
 from .._version import __version__
 from .bench import bench
 from .check import check
+from .info import info
 from .serve import serve
 
 _NAME = "grpc-batcher"
 
-_COMMANDS = (serve, bench, check)
+_COMMANDS = (serve, bench, check, info)
 
 
 class _Interrupted(click.ClickException):

@@ -183,7 +183,7 @@ class StreamPool:
 
     def _open(self) -> Loan:
         if self._link is None:
-            _process.check_and_mark_grpc_used()
+            _process.prepare_to_use_grpc()
             self._link = _Link(self._connection.open_channel())
         stream = choice.open_stream(self._link.channel, METHOD, self._connection.metadata)
         loan = Loan(self._link, stream)

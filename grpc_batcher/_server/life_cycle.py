@@ -105,7 +105,7 @@ class LifeCycle:
                 raise RuntimeError("this batcher was shut down; create another")
             if self._server is not None:
                 raise RuntimeError("this batcher was already started")
-            _process.check_and_mark_grpc_used()
+            _process.prepare_to_use_grpc()
             server = grpc.server(
                 self._threads, handlers=(self._service,), interceptors=self._interceptors, options=self._options
             )
@@ -173,7 +173,7 @@ class LifeCycle:
                 self._shutdown_done = True
                 self._changed.notify_all()
 
-    def _shut_down(self, grace_s: float, *, at_exit: bool = False) -> None:
+    def _shut_down(self, grace_s: float) -> None:
         signals_and_exit.no_longer_running(self)
         if self._server is None:
             return
@@ -183,9 +183,20 @@ class LifeCycle:
                 connection_grace_s = _SLOW_CONNECTION_GRACE_S
         finally:  # even if Ctrl-C, or a log handler that raises, interrupts it
             self._room.abandon()
-            # With a grace period gRPC starts a thread, which an exiting interpreter does not allow.
-            self._server.stop(None if at_exit else connection_grace_s).wait()
+            self._stop_server(connection_grace_s)
             self._threads.shutdown()
+
+    def _stop_server(self, grace_s: float) -> None:
+        """Let connections go, then stop: a server that cancels calls first makes gRPC complain on callers' stderr."""
+        assert self._server is not None
+        try:
+            stopped = self._server.stop(grace_s)
+        except RuntimeError:
+            # gRPC has begun to stop, and failed to start the thread that ends the grace period: an exiting interpreter
+            # allows no new threads.
+            self._server.wait_for_termination(grace_s)
+            stopped = self._server.stop(None)
+        stopped.wait()
 
     def _drain(self, grace_s: float) -> bool:
         """Let what was taken in end within the grace period; return whether all callers took their replies quickly."""
@@ -220,4 +231,4 @@ class LifeCycle:
 
     def shut_down_at_exit(self, grace_s: float) -> None:
         """Finish what `refuse_requests` began."""
-        self._shut_down(grace_s, at_exit=True)
+        self._shut_down(grace_s)

@@ -56,6 +56,16 @@ def client_transport(channel: grpc.Channel | None) -> str:
     return "public" if _why_public(channel) else "direct"
 
 
+def server_reason() -> str:
+    """Return the transport of this process's servers, and why."""
+    return _reason(_server.why_public)
+
+
+def client_reason() -> str:
+    """Return the transport of this process's clients on channels that nothing wraps, and why."""
+    return _reason(_client.why_public)
+
+
 def stream_handler(open_session: Callable[[grpc.ServicerContext], ServerSession]) -> grpc.RpcMethodHandler:
     """Return what serves a stream that a caller opens now."""
     if _server.why_public is None:
@@ -79,6 +89,10 @@ def log_client_transport(address: str, channel: grpc.Channel) -> None:
     _logger.debug(
         "connecting to %s with the %s transport%s", address, client_transport(channel), f": {why}" if why else ""
     )
+
+
+def _reason(why_public: str | None) -> str:
+    return f"public: {why_public}" if why_public else f"direct: grpcio {grpc.__version__} has all it needs"
 
 
 def _why_public(channel: grpc.Channel | None) -> str | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from itertools import islice, starmap
+from itertools import starmap
+from operator import length_hint
 from typing import Any
 
 import grpc
@@ -147,11 +148,13 @@ class DirectClientStream:
         """Wait for the next event with this tag, or for any event if None."""
         while True:
             self._due[:] = [True] * self._outstanding()
+            pending = iter(((),))
             try:
-                self._due[:1] = islice(iter(self._call.next_event, None), 1)
+                self._due[:1] = starmap(self._call.next_event, pending)
             except BaseException:  # Ctrl-C in the main thread
+                was_called = length_hint(pending) == 0
                 # grpcio has then taken the call apart. Or the event had arrived and is lost: another takes its place.
-                if not self._call.operate((), _PROBE):
+                if was_called and not self._call.operate((), _PROBE):
                     self._due.clear()
                 raise
             event = self._due[0]

@@ -1,0 +1,147 @@
+"""Signals at moments that matter: handlers run between any two bytecodes of the main thread, and may raise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from serving import run_program
+
+INTERRUPTED_CLIENT = """
+    import sys
+    from grpc_batcher import MukoeBatcherClient, create_batcher
+    from grpc_batcher._transport import direct_client
+
+    class Interrupt(BaseException):
+        pass
+
+    def echo(requests):
+        return [({"result": data}, 0) for data in requests]
+
+    class Counted:
+        # A call that counts the batches of operations it took and the events it gave.
+        calls = []
+
+        def __init__(self, call):
+            self._call = call
+            self.outstanding = 3  # to open a stream takes so many
+            Counted.calls.append(self)
+
+        def operate(self, operations, tag):
+            taken = self._call.operate(operations, tag)
+            self.outstanding += taken
+            return taken
+
+        def next_event(self):
+            event = self._call.next_event()
+            self.outstanding -= 1
+            return event
+
+        def cancel(self, code, details):
+            self._call.cancel(code, details)
+
+    def open_counted(stream, *arguments):
+        open_stream(stream, *arguments)
+        stream._call = Counted(stream._call)
+
+    open_stream = direct_client.DirectClientStream.__init__
+    direct_client.DirectClientStream.__init__ = open_counted
+
+    # Which bytecode of the direct client, counted from 1, is interrupted as Ctrl-C would interrupt it.
+    target = passed = 0
+
+    def trace(frame, event, argument):
+        global passed
+        if frame.f_code.co_filename != direct_client.__file__ or frame.f_code.co_name == "__init__":
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            passed += 1
+            if passed == target:
+                sys.settrace(None)
+                raise Interrupt
+        return trace
+
+    with create_batcher("repr", 4, 0.0, 0, batch_process_fn=echo, host="127.0.0.1") as batcher:
+        while True:
+            target, passed = target + 1, 0
+            client = MukoeBatcherClient(f"127.0.0.1:{batcher.port}")
+            client.send_request(b"first")
+            client._pool._idle[0].stream._used_ns = 0  # long idle: the stream is probed, too
+            sys.settrace(trace)
+            try:
+                client.send_request(b"second")
+                interrupted = False
+            except Interrupt:
+                interrupted = True
+            finally:
+                sys.settrace(None)
+            assert client.send_request(b"third") == ({"result": b"third"}, 0)
+            client.close()
+            # gRPC keeps a call until it has given all of its events.
+            assert [call.outstanding for call in Counted.calls] == [0] * len(Counted.calls), target
+            Counted.calls.clear()
+            if not interrupted:
+                break
+    print(target > 50, target)
+"""
+
+
+def test_an_exception_of_a_signal_handler_at_any_bytecode_of_an_exchange_leaks_no_call_and_blocks_nothing(
+    tmp_path: Path,
+) -> None:
+    (line,) = run_program(tmp_path, INTERRUPTED_CLIENT, environment={"GRPC_BATCHER_TRANSPORT": "direct"})
+    assert line.startswith("True "), line  # so many bytecodes were tried
+
+
+SHUTDOWN_WHILE_COUNTING = """
+    import os, signal, sys, threading
+    from grpc_batcher import MukoeBatcherClient, RequestError, create_batcher
+    from grpc_batcher._server import metrics
+
+    in_callback, release = threading.Event(), threading.Event()
+
+    def stuck(requests):
+        in_callback.set()
+        release.wait()
+        return [({}, 0)] * len(requests)
+
+    batcher = create_batcher("repr", 1, 0.0, 0, batch_process_fn=stuck, host="127.0.0.1")
+    signal.signal(signal.SIGUSR1, lambda *_: batcher.shutdown(grace_s=0))
+
+    def trace(frame, event, argument):
+        if frame.f_code is metrics.Recorder.snapshot.__code__:
+            if event == "line" and "requests = dict(" in lines[frame.f_lineno - 1]:  # it holds the recorder's lock
+                sys.settrace(None)
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return trace
+        return None
+
+    lines = open(metrics.__file__).read().splitlines()
+    with batcher:
+        client = MukoeBatcherClient(f"127.0.0.1:{batcher.port}")
+
+        def ask():
+            try:
+                client.send_request(b"hi")
+            except RequestError as error:
+                print(error.code().name)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        in_callback.wait()
+        sys.settrace(trace)
+        batcher.WHAT()
+        sys.settrace(None)
+        asking.join()
+        client.close()
+        release.set()
+    print(batcher.is_server_ready(), dict(batcher.metrics().requests))
+"""
+
+
+@pytest.mark.parametrize("what", ["metrics", "print_batcher_summary"])
+def test_a_signal_handler_may_shut_down_while_the_main_thread_reads_the_metrics(what: str, tmp_path: Path) -> None:
+    lines = run_program(tmp_path, SHUTDOWN_WHILE_COUNTING.replace("WHAT", what))
+    assert "UNAVAILABLE" in lines
+    assert lines[-1] == "False {'UNAVAILABLE': 1}"
