@@ -29,11 +29,12 @@ BETWEEN = {"1.62.3": "3.12", "1.71.2": "3.13"}
 # What MuKoe's users have installed.
 MUKOE = ["numpy==1.23.5", "tensorflow-cpu==2.15.*", "ray==2.9.*", "protobuf<5"]
 
-# These are warnings of protobuf 3.20 and of grpcio; the tests take every other warning for an error.
+# These are warnings of protobuf 3.20 and 4.25 and of grpcio; the tests take every other warning for an error.
 KNOWN_WARNINGS = [
     "-Wignore:datetime.datetime.utcfromtimestamp:DeprecationWarning",
     "-Wignore:datetime.datetime.utcnow:DeprecationWarning",  # grpcio 1.59
     "-Wignore:Unexpected end-group tag:RuntimeWarning",
+    "-Wignore:Type google._upb._message:DeprecationWarning",  # protobuf 4.25 on Python 3.12
 ]
 
 VERSIONS = """
