@@ -1,4 +1,4 @@
-# One short target per action; CI calls the same ones. `make test PYTHON=python3.13 VENV=.venv313` for another Python.
+# One short target per action; CI calls the same ones. For another Python: `make test PYTHON=python3.13 VENV=.venv313`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.py grpc_b
 
 OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_leaks.py tests/test_docs.py tests/test_build_script.py,$(wildcard tests/test_*.py))
 
-# So many tests at once: most wait for something.
+# How many tests run at once; most of them wait for something.
 TEST_PROCESSES ?= 4
 SOAK_S ?= 600
 FUZZ_S ?= 300
@@ -21,20 +21,22 @@ demo: $(VENV)/installed-demo
 test: $(VENV)/installed-test
 	$(BIN)/pytest -n $(TEST_PROCESSES) tests
 
-# The tests over sockets once more, in the pairings of server and client that `make test` leaves out.
+# The tests over sockets again, in the pairings of server and client that `make test` leaves out.
 test-transports: $(VENV)/installed-test
 	for transports in public public/direct direct/public; do \
 		GRPC_BATCHER_TRANSPORT=$$transports $(BIN)/pytest -q -n $(TEST_PROCESSES) $(OVER_SOCKETS) || exit 1; \
 	done
 
-# The tests with the oldest and the newest grpcio, protobuf and numpy, on each Python here.
-matrix:
-	$(PYTHON) scripts/test_matrix.py
+# The tests with the oldest and the newest releases, on each Python here. MATRIX_ROWS="3.10-oldest 3.13-newest" and
+# MATRIX_TESTS="core wire" choose; `nox --list` names the rows. With GRPC_BATCHER_TRANSPORT, only the tests over sockets.
+matrix: $(VENV)/installed-matrix
+	$(BIN)/nox $(if $(MATRIX_ROWS),--error-on-missing-interpreters --sessions $(foreach row,$(MATRIX_ROWS),"tests($(row))")) \
+		-- $(or $(MATRIX_TESTS:%=tests/test_%.py),$(if $(GRPC_BATCHER_TRANSPORT),$(OVER_SOCKETS)))
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/run.py $(BENCH_OPTIONS)
 
-# Mixed load for so many seconds, and an account of every request.
+# Mixed load for SOAK_S seconds, with an account of every request.
 soak: $(VENV)/installed-test
 	$(BIN)/python soak/run.py --seconds $(SOAK_S) $(SOAK_OPTIONS)
 
@@ -46,27 +48,27 @@ lint: $(VENV)/installed-lint
 	$(BIN)/mypy
 	$(BIN)/stubtest --mypy-config-file pyproject.toml grpc_batcher._core grpc_batcher._wire
 
-# The core with its invariants checked, under the same tests.
+# The same tests on a core that checks its invariants.
 debug: $(VENV)-debug/bin/python
 	GRPC_BATCHER_DEBUG=1 $(VENV)-debug/bin/pip install --quiet --force-reinstall --no-deps . && \
 		$(VENV)-debug/bin/pip install --quiet ".[test]"
 	$(VENV)-debug/bin/pytest -n $(TEST_PROCESSES) $(DEBUG_TESTS)
 
-# The core's tests in a build with a sanitizer, and faults planted for it to find.
+# The core's tests in a build with a sanitizer, and planted faults that it must find.
 tsan: $(VENV)/installed-test
 	$(BIN)/python scripts/sanitize.py thread
 
 asan: $(VENV)/installed-test
 	$(BIN)/python scripts/sanitize.py address
 
-# Random messages for the readers, for so many seconds.
+# Random messages for the readers, for FUZZ_S seconds.
 fuzz: $(VENV)/installed-fuzz
 	$(BIN)/python scripts/fuzz.py -max_len=400 -verbosity=0 -max_total_time=$(FUZZ_S)
 
 wheels: $(VENV)/installed-dist
 	$(BIN)/python scripts/build_wheels.py
 
-# What is uploaded. The changelog has to begin with the package's version, and for RELEASE=0.2.0 with that and a date.
+# What is uploaded. The changelog must begin with the package's version, and for RELEASE=0.2.0 with that and a date.
 dist: $(VENV)/installed-test
 	$(BIN)/pytest -q tests/test_docs.py -k changelog
 	@test -z "$(RELEASE)" || grep -qE '^## \[$(RELEASE)\] - [0-9]{4}-[0-9]{2}-[0-9]{2}$$' CHANGELOG.md || \
@@ -94,13 +96,13 @@ $(VENV)/installed-%: $(SOURCES) | $(VENV)/bin/python
 	$(BIN)/pip install --quiet ".[$*]"
 	touch $@
 
-# The tools alone: without a compiler, and without our package.
-$(VENV)/installed-dist: pyproject.toml | $(VENV)/bin/python
+# Only the tools: without a compiler, and without our package.
+$(VENV)/installed-dist $(VENV)/installed-matrix: $(VENV)/installed-%: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install --quiet "pip>=25.1"
-	$(BIN)/pip install --quiet --group dist
+	$(BIN)/pip install --quiet --group $*
 	touch $@
 
-# The generator fixes the oldest protobuf that loads its output (see the dependencies in pyproject.toml).
+# The generator's version decides the oldest protobuf that loads its output (see the dependencies in pyproject.toml).
 $(PROTO_VENV)/bin/python:
 	$(PYTHON) -m venv $(PROTO_VENV)
 	$(PROTO_VENV)/bin/pip install --quiet "grpcio-tools==1.62.3" "setuptools<80"

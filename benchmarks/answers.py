@@ -1,4 +1,4 @@
-"""What every server answers: 1 KiB that end with the request's last 8 bytes, so that each answer shows whose it is."""
+"""What every server answers: 1 KiB that ends with the request's last 8 bytes, which show whose answer it is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ ANSWER_BYTES = 1024
 
 FILLER = b"a" * (ANSWER_BYTES - TAG_BYTES)
 
-# The key of the answer's one value, where answers are dictionaries.
+# The key of the only value, where answers are dictionaries.
 KEY = "r"
 
 

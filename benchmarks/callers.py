@@ -1,4 +1,4 @@
-"""How each kind of server is asked: this library's client, grpcio's own two ways, and HTTP."""
+"""How each kind of server is asked: by this library's client, by grpcio in two ways, and by HTTP."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ METHOD = "/mukoe_batcher.MukoeService/ProcessRequest"
 class Connection:
     """A process's way to a server.
 
-    senders: returns one for each of so many threads. Asked again for more, it keeps those it had.
-    expected: the right answer to a payload.
-    gear: returns that of this library's client, and None for others.
+    senders: returns one sender per thread, given the number of threads. Called again, it keeps those it made.
+    expected: returns the right answer to a payload.
+    transport: returns the transport of this library's client, and None for others.
     """
 
     senders: Callable[[int], list[Send]]
     expected: Callable[[bytes], Any]
     close: Callable[[], None]
-    gear: Callable[[], str | None] = lambda: None
+    transport: Callable[[], str | None] = lambda: None
 
 
 def connect(kind: str, address: str) -> Connection:
@@ -39,15 +39,15 @@ def connect(kind: str, address: str) -> Connection:
 def _batcher(address: str) -> Connection:
     client = MukoeBatcherClient(address)
     return Connection(
-        senders=lambda callers: [client.send_request] * callers,  # which has a stream for each thread
+        senders=lambda callers: [client.send_request] * callers,  # which has a stream per thread
         expected=_batcher_answer,
         close=client.close,
-        gear=lambda: client.gear,
+        transport=lambda: client.transport,
     )
 
 
 def _batcher_each(address: str) -> Connection:
-    """A client for each thread, and so a connection, as callers in processes of their own would have."""
+    """A client, and so a connection, per thread, as callers in processes of their own would have."""
     clients: list[MukoeBatcherClient] = []
 
     def open_client() -> Send:
@@ -58,7 +58,7 @@ def _batcher_each(address: str) -> Connection:
         for client in clients:
             client.close()
 
-    return Connection(_kept(open_client), _batcher_answer, close, lambda: MukoeBatcherClient(address).gear)
+    return Connection(_kept(open_client), _batcher_answer, close, lambda: MukoeBatcherClient(address).transport)
 
 
 def _batcher_answer(payload: bytes) -> tuple[dict[str, bytes], int]:
@@ -66,7 +66,7 @@ def _batcher_answer(payload: bytes) -> tuple[dict[str, bytes], int]:
 
 
 def _grpcio_streams(address: str) -> Connection:
-    """Plain grpcio: a stream for each thread, kept for all its requests."""
+    """Plain grpcio: a stream per thread, kept for all its requests."""
     channel = grpc.insecure_channel(address)
 
     def open_stream() -> Send:
@@ -83,7 +83,7 @@ def _grpcio_streams(address: str) -> Connection:
 
 
 def _grpcio_calls(address: str) -> Connection:
-    """Plain grpcio: a new call for each request, as the wire contract's old clients make it."""
+    """Plain grpcio: a new call per request, as the oldest clients make it."""
     channel = grpc.insecure_channel(address)
     method = channel.stream_stream(METHOD)
 
@@ -95,7 +95,7 @@ def _grpcio_calls(address: str) -> Connection:
 
 
 def _http(address: str) -> Connection:
-    """The standard library's HTTP client: a connection for each thread, kept for all its requests."""
+    """The standard library's HTTP client: a connection per thread, kept for all its requests."""
     connections = []
 
     def open_connection() -> Send:

@@ -11,11 +11,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from typing import Any
 
-import lines
-
-from grpc_batcher._cli.load import Job, Window, percentile, run
+from grpc_batcher._cli import load
+from grpc_batcher._cli.load import Job, Window, percentile
+from grpc_batcher._cli.workers import obey
 from grpc_batcher._core import Stream, WaitingRoom
 
 BATCH_SIZE = 16
@@ -111,7 +112,7 @@ def drive(room: CoreRoom | QueueRoom, threads: int, window: Window) -> dict[str,
     taker = threading.Thread(target=room.serve)
     taker.start()
     jobs = [[Job(request, request) for request in (2 * number, 2 * number + 1)] for number in range(threads)]
-    outcome = run([room.sender(number) for number in range(threads)], jobs, window)
+    outcome = load.run([room.sender(number) for number in range(threads)], jobs, window)
     room.close()
     taker.join()
     problems = []
@@ -170,17 +171,16 @@ def churn(kept: int, window: Window) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    lines.say()
-    rooms: dict[str, Callable[[int], CoreRoom | QueueRoom]] = {"core": CoreRoom, "queue": QueueRoom}
-    for command in lines.commands():
-        window = Window(command["start_ns"], command["from_ns"], command["until_ns"])
-        if command["do"] == "churn":
-            lines.say(**churn(command["kept"], window))
-        else:
-            threads = command["threads"]
-            lines.say(**drive(rooms[command["room"]](threads), threads, window))
+ROOMS: dict[str, Callable[[int], CoreRoom | QueueRoom]] = {"core": CoreRoom, "queue": QueueRoom}
 
 
-if __name__ == "__main__":
-    main()
+def run(pipe: Connection) -> None:
+    """The process."""
+    pipe.send(None)
+    obey(
+        pipe,
+        {
+            "run": lambda window, room, threads: drive(ROOMS[room](threads), threads, window),
+            "churn": lambda window, kept: churn(kept, window),
+        },
+    )

@@ -1,4 +1,4 @@
-"""Draws a run: `python draw.py results/full.json` draws it anew."""
+"""Draws a run from the JSON it wrote: `python draw.py results/full.json`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-# The systems, as the keys of the cells name them, each with its own colour in all panels.
+# The systems, by their names in the keys of the cells, each with the same colour in all panels.
 _SYSTEMS = {
-    "direct": ("direct gear", "C0"),
-    "public": ("public gear", "C1"),
+    "direct": ("direct transport", "C0"),
+    "public": ("public transport", "C1"),
     "grpcio-streams": ("plain grpcio, streams", "C2"),
     "grpcio-calls": ("plain grpcio, calls", "C3"),
     "cpp": ("C++ echo", "C7"),
@@ -36,7 +36,7 @@ def picture(record: Mapping[str, Any], path: Path) -> Path:
         raise NotDrawn("matplotlib is not installed (pip install matplotlib)") from None
     cells = record["cells"]
     if not any(key.startswith(("throughput/", "streams/")) for key in cells):
-        raise NotDrawn("none of the rows that it shows was measured")
+        raise NotDrawn("none of the rows it shows was measured")
     figure, (by_payload, latency, by_streams) = pyplot.subplots(1, 3, figsize=(16, 5), layout="constrained")
     _throughput_by_payload(by_payload, cells)
     _latency(latency, cells)
@@ -56,7 +56,7 @@ def _plot_throughput(axes: Any, cells: Mapping[str, Any], row: str) -> None:
 
 def _throughput_by_payload(axes: Any, cells: Mapping[str, Any]) -> None:
     _plot_throughput(axes, cells, "throughput")
-    axes.set(title="16 callers: throughput by payload", xlabel="payload, bytes", ylabel="requests a second")
+    axes.set(title="16 callers: throughput by payload", xlabel="payload, bytes", ylabel="requests per second")
     axes.set(xscale="log", yscale="log")
     axes.set_ylim(bottom=axes.get_ylim()[0] / 4)  # the legend's place
     _finish(axes, {int(key.split("/")[1]) for key in cells if key.startswith("throughput/")})
@@ -76,14 +76,14 @@ def _latency(axes: Any, cells: Mapping[str, Any]) -> None:
 
 def _throughput_by_streams(axes: Any, cells: Mapping[str, Any]) -> None:
     _plot_throughput(axes, cells, "streams")
-    axes.set(title="64 B: throughput by open streams", xlabel="open streams, all in use", ylabel="requests a second")
+    axes.set(title="64 B: throughput by open streams", xlabel="open streams, all in use", ylabel="requests per second")
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
     _finish(axes, {int(key.split("/")[1]) for key in cells if key.startswith("streams/")})
 
 
 def _points(cells: Mapping[str, Any], row: str, system: str, value: str) -> list[tuple[int, float]]:
-    """The medians of a system's cells, by the number in the middle of their keys."""
+    """The medians of a system's cells, sorted by the number in the middle of their keys."""
     points = []
     for key, cell in cells.items():
         parts = key.split("/")
@@ -93,7 +93,7 @@ def _points(cells: Mapping[str, Any], row: str, system: str, value: str) -> list
 
 
 def _finish(axes: Any, ticks: Collection[int] = ()) -> None:
-    """ticks: what was measured, to be named on the axis below."""
+    """ticks: the measured values to label on the x axis."""
     axes.grid(alpha=0.3)
     if ticks:
         axes.set_xticks(sorted(ticks), [f"{tick:,}" for tick in sorted(ticks)], rotation=25, ha="right")

@@ -13,7 +13,7 @@ from typing import Any
 
 import cpp_echo
 
-# Of the environment, what changes how these programs run.
+# Environment variables that change how these programs run, by the beginning of their names.
 _TELLING = (
     "GLIBC_TUNABLES",
     "GRPC_ENABLE_FORK_SUPPORT",
@@ -64,7 +64,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """Of the tree that this file stands in, with "-dirty" behind it if it was changed."""
+    """The commit of the tree that holds this file, with "-dirty" appended if the tree was changed."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -80,20 +80,20 @@ def _version(distribution: str) -> str | None:
 
 
 class Watch:
-    """How much of the machine others use from now on."""
+    """Measures how much of the machine others use from now on."""
 
     def __init__(self) -> None:
         self._begin = self._read()
 
     def others_percent(self) -> float:
-        """To be called once all processes that this one started have ended."""
+        """Call it after all processes that this one started have ended."""
         (total, busy, own), (total_before, busy_before, own_before) = self._read(), self._begin
         others = (busy - busy_before) - (own - own_before)
         return max(0.0, 100 * others / max(1e-9, total - total_before))
 
     @staticmethod
     def _read() -> tuple[float, float, float]:
-        """Seconds: of all cores together, of those spent on processes, and on ours."""
+        """Return seconds: of all cores together, of those spent on any process, and on ours."""
         ticks = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
         user, nice, system, _idle, _iowait, _irq, _softirq, steal = ticks
         usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]

@@ -1,4 +1,4 @@
-"""One measurement of a server under load, and the checks that the load was the one that was meant."""
+"""One measurement of a server under load, and the checks that the load was as intended."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from processes import Child, sleep_until
 
-from grpc_batcher._cli.load import Window, percentile
+from grpc_batcher._cli.load import Outcome, Window, percentile
 
 _OPENING_LIMIT_S = 30.0
 
@@ -18,8 +18,8 @@ _OPENING_LIMIT_S = 30.0
 class Sample:
     """What one measurement found.
 
-    values: by name, with the unit at its end.
-    problems: why it may not be what it seems to be.
+    values: by name; names end with the unit.
+    problems: reasons not to trust the values.
     window: when it was measured; None where that does not matter.
     """
 
@@ -28,24 +28,19 @@ class Sample:
     window: Window | None = None
 
     def notes(self, server: Child) -> list[tuple[int, int, int]]:
-        """Return when the callback ran in the window: begin, end and CPU time of each, in nanoseconds."""
-        notes = server.ask(do="notes")["notes"]
+        """Return the callback's runs in the window: start, end and CPU time of each, in nanoseconds."""
+        notes = server.ask("notes")
         if self.window is None:
-            return [tuple(note) for note in notes]
-        return [tuple(note) for note in notes if self.window.from_ns <= note[0] and note[1] < self.window.until_ns]
+            return notes
+        return [note for note in notes if self.window.from_ns <= note[0] and note[1] < self.window.until_ns]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Callers in one process.
-
-    counted: False for those that only keep the server company.
-    """
+    """Callers in one process."""
 
     child: Child
     callers: int
-    pause_s: float = 0.0
-    counted: bool = True
 
 
 def measure(
@@ -61,10 +56,10 @@ def measure(
 ) -> Sample:
     """Have all groups ask at the same time.
 
-    settle_s: what the processes get to start their threads.
-    least_batch: the mean batch, where the server counts that, must not be smaller.
-    everyone: whether each caller must have an answer while warming up and one in the window. If not, the sample tells
-        how many had none in the window.
+    settle_s: the time processes get to start their threads.
+    least_batch: the smallest mean batch that is no problem, where the server counts batches.
+    everyone: whether each caller must get an answer while warming up and another in the window. If not, the sample
+        has the share of callers that got none in the window.
     """
     groups = [group for group in groups if group.callers]
     counts = _counts(server)
@@ -73,8 +68,8 @@ def measure(
     from_ns = start_ns + int(warm_s * 1e9)
     window = Window(start_ns, from_ns, from_ns + int(window_s * 1e9))
     for group in groups:
-        group.child.tell(do="run", pause_s=group.pause_s, start_ns=start_ns, from_ns=from_ns, until_ns=window.until_ns)
-    server_cpu, callers_cpu = _cores_used(window, [[server], [group.child for group in groups if group.counted]])
+        group.child.tell("run", window)
+    server_cpu, callers_cpu = _cores_used(window, [[server], [group.child for group in groups]])
     sample = _collect(groups, window, everyone=everyone)
     if not sample.values:
         return sample
@@ -89,45 +84,45 @@ def measure(
         mean_batch = (after["batched_requests"] - counts["batched_requests"]) / batches
         sample.values["mean_batch"] = mean_batch
         if mean_batch < least_batch:
-            sample.problems.append(f"the mean batch was {mean_batch:.1f}, and should be {least_batch:g} or more")
-        if after.get("gear") != server.ready.get("gear"):
-            sample.problems.append(f"the server's gear is now {after['gear']}")
+            sample.problems.append(f"the mean batch was {mean_batch:.1f}; it should be at least {least_batch:g}")
+        if after.get("transport") != server.ready.get("transport"):
+            sample.problems.append(f"the server's transport is now {after['transport']}")
         if "open_streams" in after:
             sample.values["open_streams"] = after["open_streams"]
     return sample
 
 
 def open_streams(server: Child, groups: Sequence[Group]) -> None:
-    """Have all callers ask once while the server holds back its answers, so that they need a stream each."""
+    """Have all callers ask once while the server holds back its answers, so that each needs its own stream."""
     groups = [group for group in groups if group.callers]
     wanted = sum(group.callers for group in groups)
-    server.ask(do="hold")
+    server.ask("hold")
     _prepare(groups, 64)
     now_ns = time.monotonic_ns()
-    until_ns = now_ns + int(_OPENING_LIMIT_S * 1e9)
+    window = Window(now_ns, now_ns, now_ns + int(_OPENING_LIMIT_S * 1e9))
     for group in groups:
-        group.child.tell(do="run", pause_s=0, start_ns=now_ns, from_ns=now_ns, until_ns=until_ns, most_requests=1)
-    while server.ask(do="counts")["open_streams"] < wanted and time.monotonic_ns() < until_ns:
+        group.child.tell("run", window, most_requests=1)
+    while server.ask("counts")["open_streams"] < wanted and time.monotonic_ns() < window.until_ns:
         time.sleep(0.01)
-    server.ask(do="release")
+    server.ask("release")
     for group in groups:
         group.child.answer()
 
 
 def _prepare(groups: Sequence[Group], payload_bytes: int) -> None:
-    """Have all processes make their payloads and connections, and wait until they have."""
+    """Have all processes make their payloads and connections, and wait for them."""
     first = 0
     for group in groups:
-        group.child.tell(do="prepare", callers=group.callers, first=first, payload_bytes=payload_bytes)
+        group.child.tell("prepare", group.callers, first, payload_bytes)
         first += group.callers
     for group in groups:
         group.child.answer()
 
 
 def _cores_used(window: Window, teams: Sequence[Sequence[Child]]) -> list[float | None]:
-    """Wait until the window is over, and return how many cores each team of processes used meanwhile.
+    """Wait until the window is over, and return how many cores each team of processes used during it.
 
-    None if this process was not given its own turns in time.
+    None if this process did not get the CPU in time to read the clocks.
     """
     readings = []
     for due_ns in (window.from_ns, window.until_ns):
@@ -141,39 +136,33 @@ def _cores_used(window: Window, teams: Sequence[Sequence[Child]]) -> list[float 
 
 
 def _collect(groups: Sequence[Group], window: Window, *, everyone: bool) -> Sample:
-    """Take what all processes found. Without any answer there are no values."""
+    """Merge what all processes saw. Without a single answer there are no values."""
     sample = Sample({}, window=window)
-    latencies_ns: list[int] = []
-    answers: list[int] = []
-    cold = wrong = 0
+    outcome = Outcome()
     for group in groups:
-        outcome = group.child.answer()
-        cold += group.callers - outcome["warm"]
-        wrong += outcome["wrong"]
-        if outcome["gear"] != group.child.ready["gear"]:
-            sample.problems.append(f"the callers' gear is now {outcome['gear']}")
-        if outcome["errors"]:
-            sample.problems.append(f"failed requests: {outcome['errors']}")
-        if group.counted:
-            latencies_ns += outcome["latencies_ns"]
-            answers += outcome["answers"]
-    silent = answers.count(0)
-    if wrong:
-        sample.problems.append(f"{wrong} wrong answers")
+        theirs, transport = group.child.answer()
+        outcome.add(theirs)
+        if transport != group.child.ready["transport"]:
+            sample.problems.append(f"the callers' transport is now {transport}")
+    callers = len(outcome.answers)
+    cold, silent = callers - outcome.warm, outcome.answers.count(0)
+    if outcome.errors:
+        sample.problems.append(f"failed requests: {dict(outcome.errors)}")
+    if outcome.wrong:
+        sample.problems.append(f"{outcome.wrong} wrong answers")
     if everyone and cold:
         sample.problems.append(f"{cold} callers had no answer while warming up")
     if everyone and silent:
-        sample.problems.append(f"{silent} of {len(answers)} callers had no answer in the window")
-    if latencies_ns:
-        latencies_ns.sort()
+        sample.problems.append(f"{silent} of {callers} callers had no answer in the window")
+    if latencies_ns := sorted(outcome.latencies_ns):
         sample.values = {"requests_per_s": len(latencies_ns) / window.length_s}
         for percent in (50, 90, 99):
             sample.values[f"p{percent}_ms"] = percentile(latencies_ns, percent) / 1e6
         if not everyone:
-            sample.values["silent_percent"] = 100 * silent / len(answers)
+            sample.values["silent_percent"] = 100 * silent / callers
     return sample
 
 
 def _counts(server: Child) -> dict[str, Any] | None:
-    """What the server counted so far; None if it does not."""
-    return server.ask(do="counts") if server.ready.get("counts") else None
+    """What the server has counted so far; None if it does not count."""
+    return server.ask("counts") if server.ready.get("counts") else None

@@ -1,147 +1,96 @@
-"""The processes that run.py starts: asking them, and what the kernel says of them."""
+"""The processes that run.py starts, and what the kernel says of them."""
 
 from __future__ import annotations
 
 import ctypes
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from functools import cached_property
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+from grpc_batcher._cli.workers import Worker, WorkerError, obey
 
-# An answer that takes longer than this never comes.
-_ANSWER_LIMIT_S = 60.0
-_STOP_LIMIT_S = 10.0
+_TRANSPORT = "GRPC_BATCHER_TRANSPORT"
+
+_PROGRAM_STOP_LIMIT_S = 5.0
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class ChildError(Exception):
-    """A process ended or hangs; the text says which, and the end of what it wrote to its standard error."""
+class Child(Worker):
+    """A worker that runs on one transport and whose standard error goes to a file, for the text of errors."""
 
-
-class Child:
-    """A process that prints a JSON object when it is ready and then one for each command."""
-
-    def __init__(self, name: str, command: Sequence[str], *, gear: str | None = None) -> None:
-        self.name = name
-        environment = dict(os.environ)
-        environment.pop("GRPC_BATCHER_GEAR", None)
-        if gear is not None:
-            environment["GRPC_BATCHER_GEAR"] = gear
-        # Scripts of its subfolders import what stands here.
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE), environment.get("PYTHONPATH"))))
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, it is closed in stop
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for run.py, which then stops all
-        )
-        self._answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    @cached_property
-    def ready(self) -> dict[str, Any]:
-        """Wait until it is ready, and return what it then said."""
-        return self.answer()
+    def __init__(
+        self, name: str, function: Callable[..., None], *arguments: object, transport: str | None = None
+    ) -> None:
+        self._log = tempfile.NamedTemporaryFile()  # noqa: SIM115, it lives as long as the worker
+        os.environ.pop(_TRANSPORT, None)
+        if transport is not None:
+            os.environ[_TRANSPORT] = transport
+        super().__init__(name, _logged, self._log.name, function, *arguments)
 
     @cached_property
     def _pids(self) -> list[int]:
         """It and the processes that it has started when this is first asked for."""
-        return _with_descendants(self._process.pid)
-
-    def tell(self, **command: Any) -> None:
-        """Send a command, whose answer `answer` returns."""
-        _ = self.ready  # or it would be taken for the answer
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(command).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._error("ended") from None
-
-    def answer(self) -> dict[str, Any]:
-        limit_s = time.monotonic() + _ANSWER_LIMIT_S
-        line = None
-        while line is None:
-            # The pipe alone does not tell: its own children may hold it open.
-            has_ended = self._process.poll() is not None
-            try:
-                line = self._answers.get(timeout=0.5)
-            except queue.Empty:
-                if has_ended:
-                    raise self._error("ended") from None
-                if time.monotonic() > limit_s:
-                    raise self._error(f"gave no answer within {_ANSWER_LIMIT_S:.0f} s") from None
-        if not line:
-            raise self._error("ended")
-        return json.loads(line)  # type: ignore[no-any-return]
-
-    def ask(self, **command: Any) -> dict[str, Any]:
-        self.tell(**command)
-        return self.answer()
-
-    def stop(self) -> None:
-        """Close its input, at which it ends, and wait for that."""
-        self._close_input()
-        try:
-            self._process.wait(_STOP_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)  # of a session of its own: just what this Child started
-            self._process.wait()
-        self._stderr.close()
-
-    def _close_input(self) -> None:
-        if self._process.stdin is not None:
-            with suppress(BrokenPipeError):
-                self._process.stdin.close()
+        return _with_descendants(self.pid)
 
     def cpu_ns(self) -> int:
-        """CPU time so far, in user and kernel mode, of the process and those that it has started."""
+        """CPU time so far, in user and kernel mode, of the process and those it has started."""
         return sum(_cpu_ns(pid) for pid in self._pids)
 
     def rss_bytes(self) -> int:
-        """Memory that is resident now."""
-        pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
+        """Memory that is resident now, without that of processes it has started."""
+        pages = Path(f"/proc/{self.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGESIZE")
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._answers.put(line)
-        self._answers.put(b"")
-
-    def _error(self, what: str) -> ChildError:
-        self._stderr.seek(0)
-        said = self._stderr.read()[-2000:].decode(errors="replace").strip()
-        return ChildError(f"{self.name} {what}" + (f": {said}" if said else ""))
+    def _error(self) -> WorkerError:
+        error = super()._error()
+        said = Path(self._log.name).read_text(errors="replace")[-2000:].strip()
+        return WorkerError(f"{error}: {said}") if said else error
 
 
-def stop_all(children: Sequence[Child]) -> None:
-    """Stop them at the same time."""
-    for child in children:
-        child._close_input()
-    for child in children:
-        child.stop()
+def _logged(pipe: Connection, log: str, function: Callable[..., None], *arguments: object) -> None:
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    function(pipe, *arguments)
 
 
-def python(script: str, *arguments: object) -> list[str]:
-    """The command that runs a script of this folder with this Python."""
-    return [sys.executable, str(HERE / script), *map(str, arguments)]
+def run_program(pipe: Connection, *command: str) -> None:
+    """A child that is another program: it prints a JSON object when it is ready, and one for each line it gets.
+
+    It ends when its standard input is closed.
+    """
+    # Scripts of the subfolders import what stands here.
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        stdin, stdout = program.stdin, program.stdout
+
+        def answer() -> Any:
+            return json.loads(stdout.readline() or sys.exit(f"{command[0]} ended"))
+
+        def counts() -> Any:
+            print(file=stdin, flush=True)
+            return answer()
+
+        pipe.send(answer())
+        obey(pipe, {"counts": counts})
+        stdin.close()
+        try:
+            program.wait(_PROGRAM_STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(program.pid, signal.SIGKILL)  # of a session of its own: only what it started
 
 
 def sleep_until(due_ns: int) -> None:
@@ -149,7 +98,7 @@ def sleep_until(due_ns: int) -> None:
 
 
 def _cpu_ns(pid: int) -> int:
-    """/proc/PID/stat counts in hundredths of a second; the process' own clock in nanoseconds."""
+    """The process's own clock counts in nanoseconds; /proc/PID/stat only in hundredths of a second."""
     clock = ctypes.c_int()
     if _libc.clock_getcpuclockid(pid, ctypes.byref(clock)):
         return 0  # it has ended
@@ -164,7 +113,7 @@ def _with_descendants(root: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                # The name before it is in parentheses and may hold anything.
+                # The process name before it is in parentheses and may contain anything.
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except (OSError, IndexError):
                 continue

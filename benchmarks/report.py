@@ -1,4 +1,4 @@
-"""From samples to the table, and to the files that hold it."""
+"""Turns samples into the table, and into the files that hold it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from measuring import Sample
 from row import Cell
 from targets import TARGETS, Of, Target
 
-# The table's columns, and how their numbers are shown.
+# The table's columns, and the format of their numbers.
 COLUMNS = {
     "row": "{}",
     "what": "{}",
@@ -45,9 +45,9 @@ _VALUE_COLUMNS = {
     "callers CPU us": "callers_cpu_us",
 }
 
-# What stands under "also", if it was measured.
+# What the column "also" shows, if it was measured.
 _ALSO = {
-    "stream_kib": "{:.1f} KiB a stream",
+    "stream_kib": "{:.1f} KiB per stream",
     "silent_percent": "{:.0f} % of callers got no answer",
     "callback_cpu_ms": "{:.2f} ms of CPU",
     "push_to_taken_us": "push to taken {:.0f} us",
@@ -57,7 +57,7 @@ _ALSO = {
 
 @dataclass(frozen=True)
 class Measured:
-    """A cell with its samples, one a round."""
+    """A cell with its samples, one per round."""
 
     row: str
     cell: Cell
@@ -79,9 +79,9 @@ Results = Mapping[str, Measured]
 
 
 def table(titles: Mapping[str, str], results: Results) -> list[Line]:
-    """Return the table's lines, by column: each row's cells, then its comparisons.
+    """Return the table's lines: each row's cells, then its comparisons.
 
-    titles: of the rows, in order.
+    titles: the rows' titles, in order.
     """
     lines: list[Line] = []
     for number, row in enumerate(titles, 1):
@@ -94,7 +94,7 @@ def table(titles: Mapping[str, str], results: Results) -> list[Line]:
 
 
 def as_text(lines: Sequence[Line]) -> str:
-    """The table, aligned, and as Markdown wants it."""
+    """The table as aligned Markdown."""
     rows = [{name: name for name in COLUMNS}, *({name: _show(name, line) for name in COLUMNS} for line in lines)]
     widths = {name: max(len(row[name]) for row in rows) for name in COLUMNS}
     rows.insert(
@@ -112,7 +112,7 @@ def as_text(lines: Sequence[Line]) -> str:
 
 
 def write(folder: Path, stem: str, record: Mapping[str, Any], lines: Sequence[Line]) -> list[Path]:
-    """Write the JSON, with each round of everything, and the CSV, with the table."""
+    """Write the JSON with every round of everything, and the CSV with the table."""
     folder.mkdir(parents=True, exist_ok=True)
     json_path, csv_path = folder / f"{stem}.json", folder / f"{stem}.csv"
     json_path.write_text(json.dumps(record, indent=1) + "\n")
@@ -201,7 +201,7 @@ def _target_line(number: int, target: Target, results: Results) -> Line:
     rounds = results[target.over.key].rounds(target.over.value)
     if target.under is not None:
         unders = results[target.under.key].rounds(target.under.value)
-        # Where a round of one is missing nobody knows which belong together.
+        # If a round of either is missing, nobody knows which rounds belong together.
         rounds = (
             [over / under for over, under in zip(rounds, unders, strict=True)] if len(rounds) == len(unders) else []
         )
@@ -209,7 +209,7 @@ def _target_line(number: int, target: Target, results: Results) -> Line:
 
 
 def _spread(rounds: Sequence[float]) -> Line:
-    """The largest minus the smallest, in percent of the median."""
+    """The largest minus the smallest, as a percentage of the median."""
     middle = median(rounds) if rounds else 0
     return {"spread %": (max(rounds) - min(rounds)) / middle * 100} if len(rounds) > 1 and middle else {}
 

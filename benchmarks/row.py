@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from measuring import Group, Sample
-from processes import Child, ChildError, stop_all
+from measuring import Group, Sample, measure
+from processes import Child
 from systems import SYSTEMS, System, Unavailable
+
+from grpc_batcher._cli.workers import WorkerError, stop_all
 
 K = TypeVar("K")
 
@@ -18,10 +20,10 @@ K = TypeVar("K")
 class Settings:
     """How long and how much to measure.
 
-    rounds: how often each cell is measured; each round goes once through all cells of a row.
-    warm_s, window_s: how long callers ask before what they see counts, and while it does.
-    idle_s: for how long an idle server is watched.
-    most_public_streams: with more the public gear is left out; it takes seconds to open them.
+    rounds: how often each cell is measured; each round goes through all cells of a row once.
+    warm_s, window_s: how long callers ask before their answers count, and how long they count.
+    idle_s: how long an idle server is watched.
+    most_public_streams: the public transport is left out above this number; opening more takes it seconds.
     """
 
     rounds: int
@@ -35,9 +37,9 @@ class Settings:
 class Cell:
     """One thing to measure.
 
-    key: its name in the results and for the targets, as "throughput/64/direct". What it ends with is the system.
-    title: its name for people.
-    value: which of the sample's values stands for it.
+    key: its name in results and targets, such as "throughput/64/direct". It ends with the system.
+    title: its name in the table.
+    value: the sample's value that represents it.
     """
 
     key: str
@@ -52,10 +54,10 @@ class Cell:
 
 @dataclass
 class Row:
-    """Cells that are measured in turn, and again in the next round.
+    """Cells that are measured in turn, once per round.
 
-    in_order: whether each round must go through them in this order; else every second goes backwards.
-    most_rounds: where fewer than the settings ask for are enough.
+    in_order: whether every round must keep this order; otherwise every second round goes backwards.
+    most_rounds: a limit, where fewer rounds than the settings ask for are enough.
     begin_round: called before each round.
     """
 
@@ -71,7 +73,7 @@ Started = tuple[Child, list[Child]]
 class Bench:
     """What rows share: the settings, the processes of all systems, and what could not run.
 
-    not_run: why, by the system's title.
+    not_run: the reason, by the system's title.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -81,7 +83,7 @@ class Bench:
         self._all_started: dict[str, Started] | None = None
 
     def all_systems(self) -> dict[str, Started]:
-        """The processes of all systems, by name. They run until `release`."""
+        """Return the processes of all systems, by name. They run until `release`."""
         if self._all_started is None:
             self._all_started = self.start(self._all, SYSTEMS)
         return self._all_started
@@ -90,10 +92,15 @@ class Bench:
         self._all.close()
         self._all_started = None
 
+    def measure(self, server: Child, groups: Sequence[Group], *, payload_bytes: int = 64, **options: Any) -> Sample:
+        """Measure for as long as the settings say. options: as `measuring.measure` has them."""
+        times = {"warm_s": self.settings.warm_s, "window_s": self.settings.window_s}
+        return measure(server, groups, payload_bytes=payload_bytes, **{**times, **options})
+
     def start(self, stack: ExitStack, systems: Mapping[K, System]) -> dict[K, Started]:
         """Start a server and two processes of callers for each system, until the stack is closed.
 
-        Those that can not run here are left out, and noted in `not_run`.
+        Systems that cannot run here are left out and noted in `not_run`.
         """
         children: list[Child] = []
         stack.callback(stop_all, children)
@@ -124,11 +131,11 @@ class Bench:
     def _noting(self, system: System) -> Iterator[None]:
         try:
             yield
-        except (Unavailable, ChildError) as error:
+        except (Unavailable, WorkerError) as error:
             self.not_run[system.title] = str(error)
 
 
 def shared(callers: int, children: list[Child]) -> list[Group]:
-    """So many callers, spread over processes; the first ones have more where it does not come out even."""
+    """Spread callers over processes; the first ones get one more where the number does not divide evenly."""
     share, more = divmod(callers, len(children))
     return [Group(child, share + (number < more)) for number, child in enumerate(children)]

@@ -1,6 +1,6 @@
-"""Measures this library beside other servers, on this machine over loopback: `python benchmarks/run.py --help`.
+"""Measures this library and other servers on this machine, over loopback: `python benchmarks/run.py --help`.
 
-README.md, beside this file, says how to read what comes out.
+README.md in this folder says how to read the results.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import draw
 import machine
 import report
 from measuring import Sample
-from processes import HERE, ChildError
 from report import Measured
 from row import Bench, Row, Settings
 from rows import callback, core_alone, few_callers, idle, overlap, streams, throughput
+
+from grpc_batcher._cli.workers import WorkerError
 
 ROWS: dict[str, ModuleType] = {
     "throughput": throughput,
@@ -40,13 +41,14 @@ ORDER = ("throughput", "idle", "few_callers", "streams", "callback", "core_alone
 FULL = Settings(rounds=5, warm_s=0.3, window_s=1.0, idle_s=10, most_public_streams=1024)
 QUICK = Settings(rounds=1, warm_s=0.2, window_s=0.3, idle_s=2, most_public_streams=128)
 
+RESULTS = Path(__file__).parent / "results"
 
-# Of the machine, while it is measured.
+# How much of the machine others may use during a run.
 _MOST_OTHERS_PERCENT = 5
 
 
 class Progress:
-    """A line about what is measured now: rewritten in a terminal; elsewhere one for each round of a row."""
+    """A line that says what is being measured: rewritten in a terminal; elsewhere, a line per round of each row."""
 
     def __init__(self) -> None:
         self._begin_s = time.monotonic()
@@ -73,9 +75,9 @@ class Progress:
 
 
 def measure_row(name: str, bench: Bench, progress: Progress) -> dict[str, Measured]:
-    """Go through the row's cells in each round; in every second one backwards, so that no cell is always first.
+    """Go through the row's cells once per round, backwards in every second one, so that no cell is always first.
 
-    A system of which a process fails is left out from then on.
+    A system is left out after one of its processes fails.
     """
     with ExitStack() as stack:
         progress.show(name, 1, bench.settings.rounds, "starting")
@@ -93,14 +95,14 @@ def measure_row(name: str, bench: Bench, progress: Progress) -> dict[str, Measur
                 progress.show(name, number, rounds, cell.title)
                 try:
                     samples[cell.key].append(cell.measure())
-                except ChildError as error:
+                except WorkerError as error:
                     broken.add(cell.system)
                     samples[cell.key].append(Sample({}, [str(error)]))
         return {cell.key: Measured(name, cell, samples[cell.key]) for cell in row.cells if samples[cell.key]}
 
 
 def allow_open_files() -> None:
-    """A thousand connections need more than the usual limit; the processes inherit it."""
+    """Raise the limit, which processes inherit: a thousand connections need more than the usual one."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
@@ -115,16 +117,16 @@ def problems_of(results: dict[str, Measured]) -> list[str]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure this library beside other servers, over loopback.")
-    parser.add_argument("--quick", action="store_true", help="one short round, under a minute: to see that it runs")
-    parser.add_argument("--rounds", type=int, help=f"how often each cell is measured (default {FULL.rounds})")
-    parser.add_argument("--window-s", type=float, help=f"seconds of each measurement (default {FULL.window_s})")
-    parser.add_argument("--rows", help=f"only these, with commas between: {','.join(ROWS)}")
-    parser.add_argument("--output", type=Path, default=HERE / "results", help="the folder for what is written")
+    parser = argparse.ArgumentParser(description="Measure this library and other servers over loopback.")
+    parser.add_argument("--quick", action="store_true", help="one short round, to see that it runs")
+    parser.add_argument("--rounds", type=int, help=f"how often to measure each cell (default: {FULL.rounds})")
+    parser.add_argument("--window-s", type=float, help=f"seconds per measurement (default: {FULL.window_s:g})")
+    parser.add_argument("--rows", help=f"measure only these rows, separated by commas: {','.join(ROWS)}")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the folder to write to (default: %(default)s)")
     options = parser.parse_args(arguments)
     options.rows = options.rows.split(",") if options.rows else list(ROWS)
     if unknown := set(options.rows) - set(ROWS):
-        parser.error(f"there is no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+        parser.error(f"--rows has {', '.join(sorted(unknown))}; the rows are {', '.join(ROWS)}")
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}; it must be at least 1")
     if options.window_s is not None and options.window_s < 0.1:
@@ -155,7 +157,7 @@ def main(arguments: Sequence[str]) -> int:
                     bench.release()
                 try:
                     results.update(measure_row(name, bench, progress))
-                except ChildError as error:
+                except WorkerError as error:
                     problems.append(f"row {name!r}: {error}")
     except KeyboardInterrupt:
         progress.clear()
@@ -177,12 +179,12 @@ def main(arguments: Sequence[str]) -> int:
     except draw.NotDrawn as error:
         bench.not_run["the picture"] = str(error)
 
-    print("Batches of 16 / 5 ms, answers of 1 KiB, callers in 2 processes; requests of 64 B where no size is given.\n")
+    print("Batches of 16 / 5 ms, answers of 1 KiB, callers in 2 processes. Requests of 64 B where no size is given.\n")
     print(report.as_text(table))
     rounds = "one round" if settings.rounds == 1 else f"the medians of {settings.rounds} rounds"
     print(f"\nThese are {rounds}; the spread is the largest minus the smallest. It took {progress.passed_s:.0f} s.")
     if here["others_percent"] > _MOST_OTHERS_PERCENT:
-        print(f"Meanwhile others used {here['others_percent']} % of this machine: do not trust these figures.")
+        print(f"Others used {here['others_percent']} % of this machine meanwhile: do not trust these figures.")
     for title, reason in bench.not_run.items():
         print(f"Not run: {title}: {reason}")
     for problem in problems:

@@ -1,14 +1,20 @@
-"""What is compared: which server, asked in which way."""
+"""What is compared: which server, and how it is asked."""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import cpp_echo
 from answers import FILLER, KEY, TAG_BYTES
-from processes import Child, python
+from call import call
+from processes import Child, run_program
+from servers import batcher as batcher_server
+from servers import grpcio_echo as grpcio_server
 
 from grpc_batcher._proto.mukoe_batcher_pb2 import KeyValue, ModelResponse, MukoeResponse
 
@@ -17,68 +23,71 @@ BATCH_TIMEOUT_S = 0.005
 
 
 class Unavailable(Exception):
-    """Why a system can not run here."""
+    """The reason why a system cannot run here."""
 
 
 @dataclass(frozen=True)
 class System:
     """A server and its callers.
 
-    title: what the table calls it; README.md says more.
-    server: returns the command that starts the server. Raises Unavailable.
-    caller: a kind of callers.connect.
-    gear: which of this library's gears both ends use; None where there is no choice.
+    title: its name in the table; README.md says more.
+    server: returns the function and the arguments of the server's process. Raises Unavailable.
+    caller: one of the kinds that callers.connect knows.
+    transport: the transport of this library that both ends use; None where there is no choice.
     """
 
     title: str
-    server: Callable[[], list[str]]
+    server: Callable[[], tuple[Any, ...]]
     caller: str
-    gear: str | None = None
+    transport: str | None = None
 
     def spawn_server(self) -> Child:
-        """Start a server, and do not wait until it is ready. Raises Unavailable."""
-        return Child(f"the server of {self.title!r}", self.server(), gear=self.gear)
+        """Start a server, without waiting until it is ready. Raises Unavailable."""
+        return Child(f"the server of {self.title!r}", *self.server(), transport=self.transport)
 
     def spawn_callers(self, server: Child) -> Child:
-        """Start a process of callers, and do not wait until it is ready."""
+        """Start a process of callers, without waiting until it is ready."""
         address = f"127.0.0.1:{server.ready['port']}"
-        return Child(f"callers of {self.title!r}", python("call.py", self.caller, address), gear=self.gear)
+        return Child(f"callers of {self.title!r}", call, self.caller, address, transport=self.transport)
 
     def check_ready(self, child: Child) -> None:
-        """Wait until a process is ready. Raises Unavailable if it does not use the gear that was meant."""
-        gear = child.ready.get("gear")
-        if gear is not None and gear != self.gear:
-            raise Unavailable(f"with this grpcio the {self.gear} gear gives way to the {gear} one")
+        """Wait until a process is ready. Raises Unavailable if it does not use the intended transport."""
+        transport = child.ready.get("transport")
+        if transport is not None and transport != self.transport:
+            raise Unavailable(
+                f"with this grpcio, the {transport} transport takes the place of the {self.transport} one"
+            )
 
 
-def batcher(gear: str, callback: str = "answer", caller: str = "batcher") -> System:
+def batcher(transport: str, callback: str = "answer", caller: str = "batcher", *, leave_early: bool = True) -> System:
     return System(
-        f"{gear} gear",
-        lambda: python("servers/batcher.py", BATCH_SIZE, BATCH_TIMEOUT_S, callback),
+        f"{transport} transport",
+        lambda: (batcher_server.run, BATCH_SIZE, BATCH_TIMEOUT_S, callback, leave_early),
         caller,
-        gear,
+        transport,
     )
 
 
 def grpcio_echo(title: str, caller: str, threads: int) -> System:
-    return System(title, lambda: python("servers/grpcio_echo.py", threads), caller)
+    return System(title, lambda: (grpcio_server.run, threads), caller)
 
 
-def _cpp_echo() -> list[str]:
-    # The answer's one value stands last in the message, and so does the value's tag.
+def _cpp_echo() -> tuple[Any, ...]:
+    # The only value comes last in the message, and its tag last in the value.
     answer = ModelResponse(dictionary=[KeyValue(key=KEY, values=FILLER + bytes(TAG_BYTES))])
     reply = MukoeResponse(result=answer).SerializeToString()
     assert reply.endswith(bytes(TAG_BYTES))
     try:
-        return [str(cpp_echo.build()), reply.hex()]
+        return run_program, str(cpp_echo.build()), reply.hex()
     except cpp_echo.NotBuilt as error:
         raise Unavailable(str(error)) from None
 
 
-def _mosec() -> list[str]:
+def _mosec() -> tuple[Any, ...]:
     if importlib.util.find_spec("mosec") is None:
         raise Unavailable("mosec is not installed (pip install mosec)")
-    return python("servers/mosec_server.py", BATCH_SIZE, BATCH_TIMEOUT_S)
+    script = Path(__file__).parent / "servers" / "mosec_server.py"
+    return run_program, sys.executable, str(script), str(BATCH_SIZE), str(BATCH_TIMEOUT_S)
 
 
 DIRECT = "direct"

@@ -1,4 +1,4 @@
-"""What is compared with what, and how it should come out: ratios of medians inside one run, and a few plain values."""
+"""The comparisons and their targets: ratios of medians within one run, and a few plain values."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Of:
 
 @dataclass(frozen=True)
 class Target:
-    """A comparison, with a target or, where neither limit is given, for information.
+    """A comparison. Without a limit it has no target and is there for information.
 
-    row: the row under which it is shown.
-    over: the value to judge, divided by `under` if that is given.
+    row: the row it is shown under.
+    over: the value to judge, divided by `under` if given.
     """
 
     row: str
@@ -44,9 +44,9 @@ class Target:
         return None if self.below is None else value < self.below
 
 
-# Of the throughput with 16 callers: the direct gear against each other system, at least so many times.
+# Throughput with 16 callers: how many times that of each other system the direct transport should reach.
 _THROUGHPUT: dict[str, tuple[str, dict[int, float]]] = {
-    PUBLIC: ("the public gear", {64: 2.2}),
+    PUBLIC: ("the public transport", {64: 2.2}),
     STREAMS: ("plain grpcio, persistent streams", {64: 2.0, 110_592: 1.7, 884_736: 1.1}),
     CALLS: ("plain grpcio, a call per request", {64: 10}),
     CPP: ("C++ echo", {64: 0.65, 110_592: 0.8, 884_736: 0.8}),
@@ -57,7 +57,7 @@ TARGETS = [
     *(
         Target(
             "throughput",
-            f"{size:,} B: direct gear / {title}",
+            f"{size:,} B: direct transport / {title}",
             Of(f"throughput/{size}/{DIRECT}"),
             Of(f"throughput/{size}/{name}"),
             at_least=at_least.get(size),
@@ -67,7 +67,7 @@ TARGETS = [
     ),
     Target(
         "few_callers",
-        "a lone caller: direct gear / the same with the window alone",
+        "a lone caller: direct transport / the same waiting for the window",
         Of(f"few/1/answer/{DIRECT}"),
         Of(f"few/window/{DIRECT}"),
         at_least=15,
@@ -75,7 +75,7 @@ TARGETS = [
     *(
         Target(
             "few_callers",
-            f"{who}{callback_title}: direct gear / public gear",
+            f"{who}{callback_title}: direct transport / public transport",
             Of(f"few/{count}/{callback}/{DIRECT}"),
             Of(f"few/{count}/{callback}/{PUBLIC}"),
         )
@@ -84,45 +84,47 @@ TARGETS = [
     ),
     Target(
         "streams",
-        "1,024 streams / 16, direct gear",
+        "1,024 streams / 16, direct transport",
         Of(f"streams/1024/{DIRECT}"),
         Of(f"streams/16/{DIRECT}"),
         at_least=0.8,
     ),
     Target(
         "streams",
-        "memory of the server per open stream at 1,024, direct gear, in KiB",
+        "memory of the server per open stream at 1,024, direct transport, in KiB",
         Of(f"streams/1024/{DIRECT}", "stream_kib"),
         below=100,
     ),
     Target(
         "streams",
-        "the same with a connection for each stream",
+        "the same with a connection per stream",
         Of(f"streams/1024/{EACH}", "stream_kib"),
     ),
     Target(
         "idle",
-        "64 B: CPU of the server a request, in us",
+        "64 B: server CPU per request, in us",
         Of(f"throughput/64/{DIRECT}", "server_cpu_us"),
         below=40,
     ),
     Target(
         "idle",
-        "64 B: CPU of the server a request, direct gear / plain grpcio, persistent streams",
+        "64 B: server CPU per request, direct transport / plain grpcio, persistent streams",
         Of(f"throughput/64/{DIRECT}", "server_cpu_us"),
         Of(f"throughput/64/{STREAMS}", "server_cpu_us"),
         below=0.44,  # 40 us where the other takes 90
     ),
-    Target("idle", "CPU of the idle server, direct gear, in % of a core", Of(f"idle/{DIRECT}", "cpu_percent"), below=1),
+    Target(
+        "idle", "CPU of the idle server, direct transport, in % of a core", Of(f"idle/{DIRECT}", "cpu_percent"), below=1
+    ),
     *(
         Target(
             "callback",
-            f"mean time under load / alone, {gear} gear",
-            Of(f"callback/load/{gear}", "mean_ms"),
-            Of(f"callback/alone/{gear}", "mean_ms"),
-            below=1.5 if gear == DIRECT else None,
+            f"mean time under load / alone, {transport} transport",
+            Of(f"callback/load/{transport}", "mean_ms"),
+            Of(f"callback/alone/{transport}", "mean_ms"),
+            below=1.5 if transport == DIRECT else None,
         )
-        for gear in (DIRECT, PUBLIC)
+        for transport in (DIRECT, PUBLIC)
     ),
     *(
         Target(
@@ -135,7 +137,7 @@ TARGETS = [
     ),
     Target(
         "overlap",
-        "the median gap: direct gear / public gear",
+        "the median gap: direct transport / public transport",
         Of(f"overlap/{DIRECT}", "p50_ms"),
         Of(f"overlap/{PUBLIC}", "p50_ms"),
     ),

@@ -1,4 +1,4 @@
-"""A caller for compose.yaml: `python caller.py ADDRESS REQUESTS`. It outlives a server that is not there yet."""
+"""A caller for compose.yaml: `python caller.py ADDRESS REQUESTS`. It waits for a server that is not up yet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main() -> None:
             try:
                 answer, in_batch = client.send_request(data, timeout_s=10)
             except RequestError as error:
-                print(f"asks again in a second: {error}", flush=True)
+                print(f"trying again in a second: {error}", flush=True)
                 time.sleep(1)
                 continue
             assert answer == {"result": data.upper()}, answer

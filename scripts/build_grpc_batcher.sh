@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds and tests the wheel in containers; `help` lists the modes. It runs from any folder, and may run again.
+# Builds and tests the wheel in containers; `help` lists the modes. It runs from any folder, and again at any time.
 set -euo pipefail
 unset CDPATH # with it, cd prints where it went
 
@@ -18,22 +18,22 @@ print_help() {
 usage: scripts/build_grpc_batcher.sh [MODE]
 
   help                   print this
-  build_e2e              build the wheel in a one-off container, test it, and copy it to dist/ (without a mode, too)
+  build_e2e              build the wheel in a one-off container, test it, and copy it to dist/ (the default)
   build_py_interactive   build the wheel and install it in a container that stays
-  test_py_interactive    run the tests in that container; what follows goes to pytest
-  build_cpp_interactive  compile the native modules alone, in that container, and load them
+  test_py_interactive    run the tests in that container; further arguments go to pytest
+  build_cpp_interactive  compile only the native modules, in that container, and load them
   teardown               remove the containers
 
-build_e2e's wheel is for the Python of the base image, and for Linux with that image's glibc or a newer one. For other
-machines, `make wheels` builds wheels that run from glibc 2.17 on, for every Python that is here; it needs no engine.
+build_e2e's wheel is for the Python of the base image, and for Linux with that image's glibc or a newer one. `make
+wheels` builds wheels for glibc 2.17 or newer and for every Python found here; it needs no container engine.
 
-In the environment:
+Environment variables:
   CONTAINER_ENGINE  docker (with buildx) or podman; by default the first of them that answers
   BASE_IMAGE        an image of Debian or Ubuntu; by default ubuntu:22.04
   BUILD_OPTIONS     further options of the engine's build, such as --secret id=pip_conf,src=/etc/pip.conf
   RUN_OPTIONS       further options of the engine's run and create, such as --network=host
 
-`pip install .` installs from source, without an engine too.
+`pip install .` installs from source, without a container engine.
 HELP
 }
 
@@ -60,7 +60,7 @@ find_engine() {
     "CONTAINER_ENGINE. Without an engine, \`make wheels\` builds the wheels; \`pip install .\` installs from source."
 }
 
-# Runs a command without making a signal wait for its end: bash handles signals between commands, or in a wait.
+# Runs a command in the background and waits: bash handles signals only between commands, or in a wait.
 interruptible() {
   "$@" <&0 &
   child=$!
@@ -73,7 +73,7 @@ interruptible() {
 container_exists() { "$engine" container inspect "$1" >/dev/null 2>&1; }
 
 clean_up() {
-  # It first, or it might make the container after we looked for it.
+  # This first, or it might create the container after we looked for it.
   if [ -n "$child" ]; then
     kill "$child" 2>/dev/null || true
     wait "$child" 2>/dev/null || true
@@ -92,7 +92,7 @@ build_image() {
   local options
   read -r -a options <<<"${BUILD_OPTIONS:-}"
   if [ -n "${BASE_IMAGE:-}" ]; then options+=(--build-arg "BASE_IMAGE=$BASE_IMAGE"); fi
-  # podman keeps the image's health check in docker's format alone.
+  # podman keeps the image's health check only in docker's format.
   DOCKER_BUILDKIT=1 BUILDAH_FORMAT=docker interruptible "$engine" build --file "$root/docker/Dockerfile" \
     --target "$1" --tag "$image:$1" ${options[@]+"${options[@]}"} "$root"
 }
@@ -111,10 +111,10 @@ build_e2e() {
     echo "$root/dist/${wheel##*/}"
   done
   echo "It is for the Python of ${BASE_IMAGE:-ubuntu:22.04}, and for Linux with that image's glibc or a newer one." \
-    "\`make wheels\` builds wheels for old glibc and for every Python that is here."
+    "\`make wheels\` builds wheels for an older glibc and for every Python found here."
 }
 
-# The container that stays sees the project in /source, and cannot change it. Its sleep would not heed SIGTERM.
+# The container that stays has the project in /source, read-only. Its `sleep` would ignore SIGTERM.
 start_interactive() {
   local options
   if container_exists "$interactive"; then

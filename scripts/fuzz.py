@@ -1,8 +1,7 @@
-"""Random messages for the readers of _wire.pyx: what they take, protobuf takes with the same meaning, and vice versa.
+"""Feed random messages to the readers of _wire.pyx, and check that protobuf reads the same from them.
 
-atheris makes the messages. It is led by what they reach in the decoder of protobuf's plain Python implementation, with
-which our readers are compared; they themselves are native code, of which it sees nothing.
-Arguments are libFuzzer's.
+atheris makes the messages. It is guided by the code they reach in the decoder of protobuf's pure Python
+implementation, as it sees nothing of our readers, which are native code. The arguments are libFuzzer's.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def answer_by_protobuf(message: bytes) -> tuple[dict[str, bytes], int] | None:
 
 
 def check(message: bytes) -> None:
-    """Raises AssertionError where the two differ. What ours leaves to protobuf (None) can not differ."""
+    """Raises AssertionError if the two differ. Messages that ours leaves to protobuf (None) cannot differ."""
     for model in MODELS:
         codec = MODELS[model]._codec
         assert codec is not None
@@ -65,7 +64,7 @@ def check(message: bytes) -> None:
     answer = _wire.read_answer(message)
     if answer is not None:
         assert answer == answer_by_protobuf(message), (message, answer)
-    # And what protobuf writes of what it understood is of the plain shape, which ours must take.
+    # When protobuf writes what it understood, the message has the plain shape, which ours must read.
     for model in MODELS:
         request = request_by_protobuf(model, message)
         codec = MODELS[model]._codec

@@ -1,6 +1,6 @@
-"""Generate grpc_batcher/_proto from proto/mukoe_batcher.proto; with --check, exit with 1 if that would change it.
+"""Generate grpc_batcher/_proto from proto/mukoe_batcher.proto. With --check, exit with 1 if that would change it.
 
-Run it with the generator's version that pyproject.toml allows for: `make proto` and `make check-proto` do.
+`make proto` and `make check-proto` run it with the one version of the generator that the Makefile names.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Runs the core's tests in a build with a sanitizer, and then sees that it finds faults that are planted.
+"""Run the core's tests in a build with a sanitizer, then plant faults and check that the sanitizer finds them.
 
-Only the native modules are instrumented. What a plain Python does between them is not seen, but its locks are: the
-sanitizer's runtime, which is preloaded, takes part in every pthread call and in every malloc of the process.
+Only the native modules are instrumented. The sanitizer does not see what the interpreter does between them, but it does
+see its locks: the preloaded runtime takes part in every pthread call and every malloc of the process.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ RUNTIMES = {"thread": ["libtsan.so"], "address": ["libasan.so", "libubsan.so"]}
 TESTS = ["test_core.py", "test_core_threads.py", "test_core_machine.py", "test_wire.py"]
 
 ENVIRONMENT = {
-    # Children are forked to be replaced at once by another program.
+    # Forked children are replaced by another program at once.
     "TSAN_OPTIONS": "halt_on_error=1:die_after_fork=0",
-    # Python leaves much allocated when it ends; what is kept of ours, other tests look for.
+    # Python leaves much allocated when it ends. Other tests look for leaks of ours.
     "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:strict_string_checks=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
-# With Python's own allocator, objects share blocks that the sanitizer takes for one piece of memory.
+# Python's own allocator puts several objects into one block, which AddressSanitizer takes for one piece of memory.
 MALLOC = {"thread": "pymalloc", "address": "malloc"}
 
 
 class Plant(NamedTuple):
-    """A fault: a line of a module, what takes its place, a test that comes by, and what the sanitizer says."""
+    """A fault: a line of a module, its replacement, a test that reaches it, and what the sanitizer reports."""
 
     module: str
     line: str
@@ -58,21 +58,21 @@ PLANTS = {
             "test_core.py::test_requests_that_leave_free_their_places_even_behind_an_old_one",
             "AddressSanitizer: heap-buffer-overflow",
         ),
-        Plant(  # a list is given back too early
+        Plant(  # a list is freed too early
             "_core.pyx",
             "            # Without the mutex, or every thread that wakes would have to wait for it.\n",
             "            PyMem_Free(settled)\n",
             "test_core.py::test_each_ticket_gets_its_own_outcome",
             "AddressSanitizer: heap-use-after-free",
         ),
-        Plant(  # a length is believed
+        Plant(  # a length is trusted
             "_wire.pyx",
             " or value > <uint64_t>(end - at[0])",
             " or value > <uint64_t>(end - at[0] + 64)",
             "test_wire.py::test_any_request_means_to_us_what_it_means_to_protobuf",
             "AddressSanitizer: heap-buffer-overflow",
         ),
-        Plant(  # more fields are taken than there is room for
+        Plant(  # more fields are accepted than there is room for
             "_wire.pyx",
             "len(fields) > MAX_FIELDS",
             "len(fields) > 2 * MAX_FIELDS",
@@ -96,7 +96,7 @@ def run_tests(package: Path, sanitizer: str, tests: list[str], **options: object
         subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in RUNTIMES[sanitizer]
     ]
-    # No capture: the sanitizer ends the process, and its report would be lost.
+    # -s: the sanitizer ends the process, and a captured report would be lost.
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-o", "timeout=300", *tests]
     return subprocess.run(
         command,
@@ -122,7 +122,7 @@ def finds(plant: Plant, sanitizer: str) -> bool:
         module = source / "grpc_batcher" / plant.module
         text = module.read_text()
         if text.count(plant.line) != 1:
-            raise ValueError(f"{plant.module} has {plant.line!r} {text.count(plant.line)} times; a plant needs it once")
+            raise ValueError(f"{plant.module} has {plant.line!r} {text.count(plant.line)} times; it must be there once")
         module.write_text(text.replace(plant.line, plant.instead))
         build(source, sanitizer, Path(folder) / "package")
         ran = run_tests(

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import grpc
-from child import Faults, obey, set_up
+from child import Faults, obey
 from traffic import (
     COUNT_BITS,
     ENDS,
@@ -37,15 +37,15 @@ MAX_REQUESTS_A_THREAD = 60
 MAX_PAUSE_S = 0.03
 PROBE_PAUSE_S = 0.01
 
-# A request without a short time limit that has no outcome after so long never gets one.
+# A request without a short time limit that has no outcome by then never gets one.
 LOST_S = 30.0
 
 
 class Target(NamedTuple):
     """A server.
 
-    restarts: it may be away, and then its callers get UNAVAILABLE.
-    breaks: so may any, as connections to it break.
+    restarts: it may be away; its callers then get UNAVAILABLE.
+    breaks: connections to it break, and any caller may get UNAVAILABLE.
     """
 
     model: str
@@ -57,7 +57,7 @@ class Target(NamedTuple):
 class Load(NamedTuple):
     """What a process of callers does.
 
-    is_probe: only small plain requests, at an even pace, and how long each took.
+    is_probe: send only small plain requests, at an even pace, and note how long each took.
     """
 
     threads: int
@@ -75,7 +75,7 @@ class Callers:
         self._counts = itertools.count()
         self._names = itertools.count()
         self._stopping = threading.Event()
-        self._lock = threading.Lock()  # of all below
+        self._lock = threading.Lock()  # guards everything below
         self._threads: set[threading.Thread] = set()
         self._in_flight: dict[int, tuple[int, Kind]] = {}
         self._begun = 0
@@ -103,7 +103,7 @@ class Callers:
             }
 
     def stop(self) -> dict[str, Any]:
-        """Let each thread end its request, and close the clients."""
+        """Let each thread finish its request, and close the clients."""
         self._stopping.set()
         limit_s = time.monotonic() + LOST_S
         while self._threads and time.monotonic() < limit_s:
@@ -168,7 +168,7 @@ class Callers:
     def _outcome(
         self, target: Target, number: int, kind: Kind, payload: bytes, chance: random.Random
     ) -> tuple[str, str | None]:
-        """Send a request. Returns the name of the status it ended with, and what is wrong with that or None."""
+        """Send a request. Returns the name of its final status, and what is wrong with that, or None."""
         arguments: dict[str, Any] = {"timeout_s": chance.choice([None, 2 * LOST_S])}
         if kind is Kind.HURRIED:
             arguments["timeout_s"] = 10 ** chance.uniform(-4, -1)
@@ -193,7 +193,7 @@ class Callers:
         if code is grpc.StatusCode.INTERNAL and is_asked_for(details, number):
             return None
         if code is grpc.StatusCode.UNAVAILABLE and (target.restarts or target.breaks):
-            return None  # run.py knows whether a server that restarts was away
+            return None  # run.py knows when a server that restarts was away
         if code in ENDS[kind] and code is not grpc.StatusCode.INTERNAL:
             return None
         return f"ended with {code.name}: {details}"
@@ -206,7 +206,7 @@ def _connect(target: Target) -> MukoeBatcherClient:
 def _send_and_close(
     target: Target, payload: bytes, arguments: Mapping[str, Any], chance: random.Random
 ) -> tuple[dict[str, bytes], int] | None:
-    """Send with a client that another thread closes meanwhile. Returns None if it was closed before."""
+    """Send with a client that another thread closes meanwhile. Returns None if it was closed too early to send."""
     client = _connect(target)
     closing = threading.Timer(chance.random() * 0.02, client.close)
     closing.start()
@@ -219,8 +219,8 @@ def _send_and_close(
 
 
 def call(pipe: Connection, number: int, targets: list[Target], load: Load, seed: str) -> None:
-    """The process: its callers go on until it is told to stop."""
-    faults = set_up()
+    """The process. Its callers go on until it is told to stop."""
+    faults = Faults()
     callers = Callers(number, targets, load, seed, faults)
     pipe.send({})
     obey(pipe, faults, {"sample": callers.sample, "stop": callers.stop})

@@ -1,10 +1,8 @@
-"""What every process of the soak does: it obeys run.py over a pipe, and tells what should not have happened."""
+"""What every process of the soak does: obey run.py over a pipe, and report what should not have happened."""
 
 from __future__ import annotations
 
-import faulthandler
 import logging
-import signal
 import sys
 import threading
 import traceback
@@ -12,14 +10,16 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-# Records of the library that the load itself brings about.
+from grpc_batcher._cli import workers
+
+# Log records that the load is meant to cause.
 _EXPECTED_LOGS = ("the callback raised AskedForError", "shutdown after a grace of")
 
 _MAX_FAULTS_KEPT = 20
 
 
 class Faults(logging.Handler):
-    """What should not have happened in this process: reported by its code, logged, or raised and not caught."""
+    """Collects what should not have happened in this process: reported by its code, logged, or not caught."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -50,22 +50,16 @@ class Faults(logging.Handler):
 
 
 def obey(pipe: Connection, faults: Faults, commands: dict[str, Callable[..., dict[str, Any]]]) -> None:
-    """Do what run.py asks for, and tell it what came of it, until the command `stop` is done or run.py is gone.
+    """Do what run.py asks for, until the command `stop` is done or run.py is gone.
 
     Each answer has the faults since the last, and the memory blocks that Python's allocator has given out.
     """
-    while True:
-        try:
-            name, *arguments = pipe.recv()
-            answer = commands[name](*arguments)
-            pipe.send({"blocks": sys.getallocatedblocks(), "faults": faults.take(), **answer})
-        except (EOFError, OSError):
-            return
-        if name == "stop":
-            return
 
+    def wrapped(command: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def call(*arguments: Any) -> dict[str, Any]:
+            answer = command(*arguments)
+            return {"blocks": sys.getallocatedblocks(), "faults": faults.take(), **answer}
 
-def set_up() -> Faults:
-    faulthandler.enable()  # run.py ends a process that hangs with SIGABRT, which then writes every thread's stack
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for run.py, which stops all
-    return Faults()
+        return call
+
+    workers.obey(pipe, {name: wrapped(command) for name, command in commands.items()})

@@ -1,4 +1,4 @@
-"""A relay in front of a server. It breaks connections at random moments, with whatever is on its way on them."""
+"""A relay in front of a server. It breaks connections at random moments, with whatever is in flight on them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from child import obey, set_up
+from child import Faults, obey
 
 MAX_LIFE_S = 3.0
 _CHUNK_BYTES = 1 << 16
@@ -43,8 +43,8 @@ async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 
 def relay(pipe: Connection, port: int, seed: str) -> None:
-    """The process: relays to a port of this machine until it is told to stop."""
-    faults = set_up()
+    """The process. It relays to a port of this machine until it is told to stop."""
+    faults = Faults()
     between = Relay(port, seed)
     loop = asyncio.new_event_loop()
     server = loop.run_until_complete(asyncio.start_server(between.serve, "127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Mixed load on two servers for as long as one likes, and whether all that was promised held. See soak/README.md."""
+"""Put mixed load on two servers, and check that every promise holds for every request. See soak/README.md."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from collections import Counter
 from multiprocessing.connection import Connection
 from typing import Any
 
-# Servers that are killed make gRPC's core complain on stderr. To be set before grpc is imported.
+# gRPC's core complains on stderr about killed servers. It reads this when grpc is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import verdict
 from caller import LOST_S, Load, Target, call
-from processes import Child, ChildError, Seen, spawning
+from processes import Child, Seen
 from relay import relay
 from server import serve
 from traffic import name_of
+
+from grpc_batcher._cli.workers import WorkerError, spawning
 
 MAX_FAULTS = 20
 
@@ -30,7 +32,7 @@ UNAVAILABLE_SLACK_NS = 10_000_000_000
 
 GRACES_S = (0.0, 0.05, 1.0, 5.0)
 STEADY, RESTARTED, RELAYED = "steady server", "restarted server", "relay to the steady server"
-# Their callers' requests are of the one or the other model.
+# The model of each server, and so of its callers' requests.
 MODELS = {STEADY: "repr", RESTARTED: "dyna", RELAYED: "repr"}
 LONG_LIVED = (STEADY, "its callers", "its probe", "callers of both")
 
@@ -51,7 +53,7 @@ class Soak:
         self._numbers = itertools.count(1)
         self._ends: dict[str, Counter[str]] = {}
         self._in_flight: dict[str, int] = {}
-        self._away: list[tuple[int, float]] = []  # when the restarted server was: from, until, in ns
+        self._away: list[tuple[int, float]] = []  # when the restarted server was away: from, until, in ns
         self._counts: Counter[str] = Counter()
         self._series: dict[tuple[str, str], list[tuple[float, float]]] = {}
         self._latencies_ms: list[tuple[float, float]] = []
@@ -63,12 +65,12 @@ class Soak:
             print(f"FAULT at {time.monotonic() - self._begin_s:.1f} s: {text}", flush=True)
 
     def run(self) -> bool:
-        """Returns whether all held."""
+        """Return whether all promises held."""
         try:
             self._start()
             self._loop()
             self._finish()
-        except ChildError as error:
+        except WorkerError as error:
             self.report(str(error))
         finally:
             for child in (*self._callers.values(), *self._servers.values()):
@@ -93,10 +95,10 @@ class Soak:
         self._start_callers("its probe", Load(1, is_probe=True))
         self._start_callers("callers of both", Load(6))
         self._start_callers("mortal callers", Load(4))
-        gears = {self._servers[name].ready["gear"] for name in self._ports}
+        transports = {self._servers[name].ready["transport"] for name in self._ports}
         for child in self._callers.values():
             _ = child.ready
-        print(f"seed {self._seed}; servers in the gear {', '.join(gears)}; {self._seconds:.0f} s", flush=True)
+        print(f"seed {self._seed}; servers on transport {', '.join(transports)}; {self._seconds:.0f} s", flush=True)
 
     def _start_server(self, name: str) -> None:
         ours, theirs = spawning.Pipe(duplex=False)
@@ -206,7 +208,7 @@ class Soak:
         self._start_callers("mortal callers", Load(4))
 
     def _bury(self, name: str) -> None:
-        """What was counted of a process that is gone."""
+        """Keep the counts of a process that is gone."""
         self._ends.setdefault("gone callers", Counter()).update(self._ends.pop(name, Counter()))
         self._counts["lost from sight"] += self._in_flight.pop(name, 0)
 
@@ -242,7 +244,7 @@ class Soak:
             time.sleep(0.05)
         else:
             self.report(
-                f"without callers {STEADY} has {left['open_streams']} streams open and {left['waiting']} requests"
+                f"without callers, {STEADY} has {left['open_streams']} open streams and {left['waiting']} requests"
             )
         for name, child in self._servers.items():
             answer = child.ask("stop", 5.0)
@@ -258,7 +260,7 @@ class Soak:
                 )
 
     def _still_serves(self) -> None:
-        """A new caller is answered by both. Its requests are numbered like all."""
+        """Check that both servers answer a new caller. Its requests are numbered like all others."""
         for name, port in self._ports.items():
             target = Target(MODELS[name], f"127.0.0.1:{port}")
             last = Child(
@@ -273,13 +275,13 @@ class Soak:
 
     def _judge(self) -> None:
         ends = sum(self._ends.values(), Counter())
-        print(f"\n{ends.total()} requests of callers that were not killed just then ended:")
+        print(f"\n{ends.total()} requests ended, without those of callers that were killed meanwhile:")
         for code, count in ends.most_common():
             print(f"  {code:20}{count:10}")
         for what in ("stopped servers", "killed servers", "killed callers", "broken connections"):
             print(f"{what}: {self._counts[what]}")
         print(
-            "\nThe first and the last part of the time after the warm-up (see soak/verdict.py):\n"
+            "\nThe first and the last part of the run after its warm-up (see soak/verdict.py):\n"
             f"{'':40}{'first':>10}{'last':>10}{'ratio':>8}"
         )
         is_long = self._end_s - self._begin_s >= verdict.JUDGED_FROM_S
@@ -307,8 +309,8 @@ class Soak:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=600.0, help="how long the load lasts (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is left to chance (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=600.0, help="duration of the load (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
     options = parser.parse_args()
     return 0 if Soak(options.seconds, options.seed).run() else 1
 

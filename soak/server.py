@@ -1,4 +1,4 @@
-"""A server process. Its callback checks what it gets, tells run.py the numbers it saw, and fails when asked to."""
+"""A server process. Its callback checks what it gets, sends run.py the numbers it saw, and fails when asked to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from child import Faults, obey, set_up
+from child import Faults, obey
 from traffic import MAX_MESSAGE_BYTES, REFUSED, AskedForError, Kind, answer_to, name_of, read_request, step_of
 
 from grpc_batcher import BindError, MukoeBatcher, create_batcher
@@ -17,13 +17,13 @@ BATCH_SIZE = 8
 WINDOW_S = 0.002
 MAX_CALLBACK_S = 0.003
 
-# After a restart the port is free again at once, unless another program's connection has it just then.
+# After a restart the port is free again at once, unless a connection of another program just took it.
 _BIND_ATTEMPTS = 100
 _BIND_PAUSE_S = 0.1
 
 
 class Callback:
-    """seen: where the numbers of each batch go before anything else; what is in that pipe outlives this process."""
+    """seen: the pipe that gets the numbers of each batch before anything else; its content outlives this process."""
 
     def __init__(self, seen: Connection, faults: Faults, seed: str) -> None:
         self._seen = seen
@@ -53,8 +53,8 @@ class Callback:
 
 
 def serve(pipe: Connection, seen: Connection, model: str, port: int, seed: str) -> None:
-    """The process: serves until it is told to stop. port: 0 for one of the system's choice."""
-    faults = set_up()
+    """The process. It serves until it is told to stop. port: 0 for any free one."""
+    faults = Faults()
     batcher = _start(model, port, Callback(seen, faults, seed))
 
     def sample() -> dict[str, Any]:
@@ -70,7 +70,7 @@ def serve(pipe: Connection, seen: Connection, model: str, port: int, seed: str) 
         batcher.shutdown(grace_s)
         return sample()
 
-    pipe.send({"port": batcher.port, "gear": batcher.gear})
+    pipe.send({"port": batcher.port, "transport": batcher.transport})
     obey(pipe, faults, {"sample": sample, "stop": stop})
 
 

@@ -1,7 +1,7 @@
-"""What travels: requests that carry a number of their own and say what shall become of them, and answers that prove it.
+"""Requests that carry a unique number and say what should become of them, and answers that prove whose they are.
 
-A payload is the header (number, kind, the body's CRC-32) and then random bytes. A number is that of the caller's
-process and, in the lower half, a count of that process's requests: no two are alike in a run.
+A payload is a header (number, kind, the body's CRC-32) followed by random bytes. The upper half of a number is that of
+the caller's process, the lower half counts its requests: no two requests of a run have the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import grpc
 MIN_BYTES = 64
 MAX_BYTES = 1 << 20
 
-# What the servers take: the largest request with its framing, and not the one that is meant to be too large.
+# The servers accept the largest request with its framing, but not the one that is meant to be too large.
 MAX_MESSAGE_BYTES = MAX_BYTES + 1024
 TOO_LARGE_BYTES = MAX_BYTES + (64 << 10)
 
@@ -29,7 +29,7 @@ _HEADER = struct.Struct("<QBI")
 
 
 class Kind(IntEnum):
-    """What shall become of a request."""
+    """What should become of a request."""
 
     PLAIN = 0  # an answer
     HURRIED = 1  # its deadline may pass first
@@ -40,7 +40,7 @@ class Kind(IntEnum):
     TOO_LARGE = 6  # refused
 
 
-# How many of a hundred requests are of each kind.
+# The percentage of requests of each kind.
 SHARES = {
     Kind.PLAIN: 83.0,
     Kind.HURRIED: 8.0,
@@ -51,8 +51,8 @@ SHARES = {
     Kind.TOO_LARGE: 0.5,
 }
 
-# How a request may end (see "Outcomes" in README.md). Beside these: INTERNAL for all of a batch that has a RAISING
-# one, and UNAVAILABLE from a server that is restarted just then.
+# How a request may end. Besides these: INTERNAL for the whole batch of a RAISING request, and UNAVAILABLE while the
+# server restarts.
 ENDS = {
     Kind.PLAIN: {grpc.StatusCode.OK},
     Kind.HURRIED: {grpc.StatusCode.OK, grpc.StatusCode.DEADLINE_EXCEEDED},
@@ -66,14 +66,14 @@ REFUSED = (Kind.WRONG_MODEL, Kind.TOO_LARGE)
 
 
 class AskedForError(Exception):
-    """An error that a request asked for. Its text has the number of every request that it fails."""
+    """An error that requests asked for. Its text has the number of each request it fails."""
 
     def __init__(self, *numbers: int) -> None:
         super().__init__(" ".join(f"#{number};" for number in numbers))
 
 
 def is_asked_for(details: str, number: int) -> bool:
-    """Whether a status is that of an AskedForError, and this request's own."""
+    """Whether a status comes from an AskedForError, and from this request's own."""
     return AskedForError.__name__ in details and f"#{number};" in details
 
 
@@ -86,7 +86,7 @@ _random_bytes = os.urandom(TOO_LARGE_BYTES + 65536)
 
 
 def random_size(chance: random.Random) -> int:
-    """As often from 64 to 128 bytes as from 512 KiB to 1 MiB."""
+    """Return a size whose logarithm is evenly distributed: 64 to 128 bytes as often as 512 KiB to 1 MiB."""
     return int(MIN_BYTES * (MAX_BYTES / MIN_BYTES) ** chance.random())
 
 
@@ -97,10 +97,12 @@ def write_request(request: Request, size: int, chance: random.Random) -> bytes:
 
 
 def read_request(payload: bytes) -> Request:
-    """Raises ValueError if it is not what was sent."""
+    """Raises ValueError if the payload was changed on its way."""
     number, kind, checksum = _HEADER.unpack_from(payload)
     if zlib.crc32(memoryview(payload)[_HEADER.size :]) != checksum:
-        raise ValueError(f"a request of {len(payload)} bytes came in changed; its number may be {name_of(number)}")
+        raise ValueError(
+            f"a request of {len(payload)} bytes was changed on its way; its number may be {name_of(number)}"
+        )
     return Request(number, Kind(kind))
 
 
@@ -113,7 +115,7 @@ def answer_to(number: int, payload: bytes) -> tuple[dict[str, bytes], int]:
 
 
 def what_is_wrong(answer: tuple[dict[str, Any], int], number: int, payload: bytes) -> str | None:
-    """What an answer has that is not this request's; None if nothing."""
+    """What in an answer does not belong to this request; None if all does."""
     if answer == answer_to(number, payload):
         return None
     dictionary, step = answer
@@ -124,5 +126,5 @@ def what_is_wrong(answer: tuple[dict[str, Any], int], number: int, payload: byte
 
 
 def name_of(number: int) -> str:
-    """A number for people: the caller's process and the count."""
+    """A number in readable form: the caller's process and the count."""
     return f"{number >> COUNT_BITS}/{number & (1 << COUNT_BITS) - 1}"

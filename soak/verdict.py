@@ -1,8 +1,8 @@
-"""What decides whether a long-lived process stayed as it was.
+"""Decides whether a long-lived process stayed as it was.
 
-The first fifth of the run, 5 minutes of it at most, is warm-up and left out. What remains is cut into equal parts, and
-the last is compared with the first: fifths by their medians for what a process uses, tenths for how long answers take.
-Machines are noisy, so the limits are wide; a leak is found by a longer run.
+The first fifth of the run, at most 5 minutes, is warm-up and left out. The rest is cut into equal parts, and the last
+is compared with the first: the medians of fifths for what a process uses, percentiles of tenths for how long answers
+take. Machines are noisy, so the limits are wide; a longer run finds a smaller leak.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from grpc_batcher._cli.load import percentile
+
 MAX_WARM_UP_S = 300.0
 
-# A run of so long has something to compare, or something is wrong with it. In a shorter one memory has not yet found
-# its level, and is not judged.
+# A run this long must have something to compare. In a shorter one memory has not found its level, and is not judged.
 JUDGED_FROM_S = 300.0
 
 Series = Sequence[tuple[float, float]]  # (when in s, value)
 
 
 class Limit(NamedTuple):
-    """How much the last part may exceed the first: so many times it, plus so much. Both count."""
+    """The last part may be at most `factor` times the first, plus `plus`."""
 
     factor: float
     plus: float
@@ -31,7 +32,7 @@ class Limit(NamedTuple):
         return last > first * self.factor + self.plus
 
 
-# memory: glibc keeps what it freed for other sizes. blocks: of Python's allocator; 10 to 100 for a request in flight.
+# memory: glibc keeps freed memory for other sizes. blocks: of Python's allocator; 10 to 100 per request in flight.
 RESOURCES = {
     "memory_bytes": Limit(1.2, 16 << 20),
     "blocks": Limit(1.1, 20_000),
@@ -40,9 +41,9 @@ RESOURCES = {
 }
 NO_LIMIT = Limit(math.inf, 0)
 
-# Of fewer in a part, which a run of under some minutes has, one pause of the machine decides: they are not judged.
+# With fewer in a part, as in a run of a few minutes, a single pause of the machine would decide: they are not judged.
 MIN_LATENCIES = 1000
-LATENCIES_MS = {"p50": (0.50, Limit(3, 5)), "p99": (0.99, Limit(5, 50))}
+LATENCIES_MS = {50: Limit(3, 5), 99: Limit(5, 50)}
 
 
 class Comparison(NamedTuple):
@@ -57,7 +58,7 @@ class Comparison(NamedTuple):
 
 
 def parts(series: Series, begin_s: float, end_s: float, count: int) -> list[list[float]]:
-    """The values after the warm-up, in so many parts of equal time."""
+    """The values after the warm-up, in `count` parts of equal time."""
     begin_s += min((end_s - begin_s) / 5, MAX_WARM_UP_S)
     cut: list[list[float]] = [[] for _ in range(count)]
     for at_s, value in series:
@@ -67,7 +68,7 @@ def parts(series: Series, begin_s: float, end_s: float, count: int) -> list[list
 
 
 def compare_use(name: str, series: Series, begin_s: float, end_s: float, limit: Limit) -> Comparison | None:
-    """None if there is too little to compare."""
+    """Compare what a process used; None if there is too little to compare."""
     first, *_, last = parts(series, begin_s, end_s, 5)
     if not first or not last:
         return None
@@ -78,13 +79,10 @@ def compare_latency(series: Series, begin_s: float, end_s: float) -> list[Compar
     first, *_, last = parts(series, begin_s, end_s, 10)
     if not first or not last:
         return []
+    first.sort()
+    last.sort()
     enough = min(len(first), len(last)) >= MIN_LATENCIES
     return [
-        Comparison(name, percentile(first, share), percentile(last, share), limit if enough else NO_LIMIT)
-        for name, (share, limit) in LATENCIES_MS.items()
+        Comparison(f"p{each}", percentile(first, each), percentile(last, each), limit if enough else NO_LIMIT)
+        for each, limit in LATENCIES_MS.items()
     ]
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(int(len(ordered) * share), len(ordered) - 1)]

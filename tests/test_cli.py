@@ -717,7 +717,7 @@ def test_bench_that_loses_a_process_of_callers_ends_with_2_and_one_line(folder: 
             eventually(lambda: batcher.metrics().requests.get("OK", 0) > 100)
             os.kill(callers_of(program)[0], signal.SIGKILL)
             status, _, errors = finish_program(program)
-    assert (status, errors) == (2, "grpc-batcher bench: a process of callers ended before its time\n")
+    assert (status, errors) == (2, "grpc-batcher bench: a process of callers ended with exit status -9\n")
 
 
 def point(callers: int, requests_per_s: float) -> Point:

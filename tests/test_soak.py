@@ -1,4 +1,4 @@
-"""A quarter of a minute of the soak: mixed load, restarts and killed callers, with an account of every request."""
+"""15 seconds of the soak: mixed load, restarts and killed callers, with an account of every request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds the C++ echo when it is wanted and its compiler and libraries are here."""
+"""Builds the C++ echo, if its compiler and libraries are installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class NotBuilt(Exception):
 
 
 def build() -> Path:
-    """Return the binary, compiled anew if the source is newer. Raises NotBuilt."""
+    """Return the binary, compiling it again if the source is newer. Raises NotBuilt."""
     if _BINARY.exists() and _BINARY.stat().st_mtime >= _SOURCE.stat().st_mtime:
         return _BINARY
     for tool in ("g++", "pkg-config"):
@@ -31,7 +31,7 @@ def build() -> Path:
 
 
 def grpc_version() -> str | None:
-    """Which gRPC it is built on; None if that can not be told."""
+    """Return the gRPC version it is built on; None if it is unknown."""
     try:
         return _run("pkg-config", "--modversion", "grpc++").strip()
     except (NotBuilt, FileNotFoundError):
@@ -41,6 +41,6 @@ def grpc_version() -> str | None:
 def _run(*command: str) -> str:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        last_line = (result.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        last_line = (result.stderr.strip().splitlines() or ["no output"])[-1]
         raise NotBuilt(f"{command[0]} failed: {last_line} ({_INSTALL})")
     return result.stdout

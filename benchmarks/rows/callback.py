@@ -1,4 +1,4 @@
-"""What serving costs the callback: one of pure Python under full load, against the same one alone in the process."""
+"""What serving costs the callback: pure Python under full load, against the same callback with nothing else running."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
-from measuring import Sample, measure
+from measuring import Sample
 from processes import Child
 from row import Bench, Cell, Row, shared
 from systems import DIRECT, PUBLIC, batcher
@@ -15,38 +15,36 @@ from grpc_batcher._cli.load import percentile
 
 TITLE = "a callback of pure Python, about 1 ms: alone, and with 64 callers"
 
-# More than a batch holds, so that some always ask and are answered while the callback runs.
+# More than fit in a batch, so that some are always asking or being answered while the callback runs.
 CALLERS = 64
 
 
 def open_row(bench: Bench, stack: ExitStack) -> Row:
-    systems = {gear: batcher(gear, "python") for gear in (DIRECT, PUBLIC)}
+    systems = {transport: batcher(transport, "python") for transport in (DIRECT, PUBLIC)}
     cells = []
-    for gear, (server, callers) in bench.start(stack, systems).items():
-        title = systems[gear].title
+    for transport, (server, callers) in bench.start(stack, systems).items():
+        title = systems[transport].title
         cells += [
-            Cell(f"callback/alone/{gear}", f"alone: {title}", "mean_ms", partial(_alone, bench, server)),
-            Cell(f"callback/load/{gear}", f"under load: {title}", "mean_ms", partial(_loaded, bench, server, callers)),
+            Cell(f"callback/alone/{transport}", f"alone: {title}", "mean_ms", partial(_alone, bench, server)),
+            Cell(
+                f"callback/load/{transport}",
+                f"under load: {title}",
+                "mean_ms",
+                partial(_loaded, bench, server, callers),
+            ),
         ]
     return Row(cells)
 
 
 def _alone(bench: Bench, server: Child) -> Sample:
     calls = round(bench.settings.window_s * 1000)
-    notes = server.ask(do="alone", calls=calls)["notes"]
+    notes = server.ask("alone", calls)
     return Sample(_durations(notes))
 
 
 def _loaded(bench: Bench, server: Child, callers: list[Child]) -> Sample:
-    server.ask(do="notes")
-    sample = measure(
-        server,
-        shared(CALLERS, callers),
-        payload_bytes=64,
-        warm_s=bench.settings.warm_s,
-        window_s=bench.settings.window_s,
-        least_batch=8,
-    )
+    server.ask("notes")
+    sample = bench.measure(server, shared(CALLERS, callers), least_batch=8)
     durations = _durations(sample.notes(server))
     problems = sample.problems if durations else [*sample.problems, "the callback never ran"]
     return Sample(sample.values | durations, problems)

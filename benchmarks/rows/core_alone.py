@@ -6,9 +6,12 @@ import time
 from contextlib import ExitStack
 from functools import partial
 
+import core_process
 from measuring import Sample
-from processes import Child, python
+from processes import Child
 from row import Bench, Cell, Row
+
+from grpc_batcher._cli.load import Window
 
 TITLE = "the core without gRPC: from push to finish, and a full queue"
 
@@ -24,7 +27,7 @@ CHURN_TITLES = {
 
 
 def open_row(bench: Bench, stack: ExitStack) -> Row:
-    child = Child("the process of the core", python("core_process.py"))
+    child = Child("the process of the core", core_process.run)
     stack.callback(child.stop)
     _ = child.ready  # starting it must not take time from the first cell
     return Row(
@@ -52,10 +55,10 @@ def open_row(bench: Bench, stack: ExitStack) -> Row:
     )
 
 
-def _measure(bench: Bench, child: Child, **command: object) -> Sample:
+def _measure(bench: Bench, child: Child, do: str, **options: object) -> Sample:
     start_ns = time.monotonic_ns() + 10_000_000
     from_ns = start_ns + int(bench.settings.warm_s / 2 * 1e9)
-    until_ns = from_ns + int(bench.settings.window_s / 2 * 1e9)
-    values = child.ask(**command, start_ns=start_ns, from_ns=from_ns, until_ns=until_ns)
+    window = Window(start_ns, from_ns, from_ns + int(bench.settings.window_s / 2 * 1e9))
+    values = child.ask(do, window, **options)
     problems = values.pop("problems")
     return Sample(values, problems)

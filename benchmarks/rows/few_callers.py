@@ -2,55 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
-from measuring import Group, Sample, measure
+from measuring import Sample
 from processes import Child
 from row import Bench, Cell, Row, shared
 from systems import DIRECT, PUBLIC, batcher
 
 TITLE = "few callers"
 
-# A caller that was answered within the last second is waited for. One that asks every half second keeps a lone caller
-# waiting for the window each time, but for the two moments a second at which both ask.
-_COMPANION_PAUSE_S = 0.5
-
-_CALLBACKS = {"answer": "", "native": ", 2 ms callback"}
+# What is asked, by the names in keys and titles: number of callers, callback, whether batches may leave early.
+_CASES = {
+    "1/answer": ("a lone caller", 1, "answer", True),
+    "1/native": ("a lone caller, 2 ms callback", 1, "native", True),
+    "8/answer": ("eight callers", 8, "answer", True),
+    "8/native": ("eight callers, 2 ms callback", 8, "native", True),
+    "window": ("a lone caller that waits for the window", 1, "answer", False),
+}
 
 
 def open_row(bench: Bench, stack: ExitStack) -> Row:
-    cells = []
-
-    def add(key: str, title: str, server: Child, groups: Sequence[Group]) -> None:
-        cells.append(Cell(f"few/{key}", title, "requests_per_s", partial(_measure_afresh, bench, server, groups)))
-
-    systems = {(callback, gear): batcher(gear, callback) for callback in _CALLBACKS for gear in (DIRECT, PUBLIC)}
-    for (callback, gear), (server, callers) in bench.start(stack, systems).items():
-        title = systems[callback, gear].title
-        for count, who in ((1, "a lone caller"), (8, "eight callers")):
-            add(f"{count}/{callback}/{gear}", f"{who}{_CALLBACKS[callback]}: {title}", server, shared(count, callers))
-        if callback == "answer":
-            add(
-                f"window/{gear}",
-                f"a lone caller, window alone: {title}",
-                server,
-                (Group(callers[0], 1), Group(callers[1], 1, pause_s=_COMPANION_PAUSE_S, counted=False)),
+    systems = {
+        (transport, callback, leave_early): batcher(transport, callback, leave_early=leave_early)
+        for _, _, callback, leave_early in _CASES.values()
+        for transport in (DIRECT, PUBLIC)
+    }
+    started = bench.start(stack, systems)
+    return Row(
+        [
+            Cell(
+                f"few/{name}/{transport}",
+                f"{title}: {systems[system].title}",
+                "requests_per_s",
+                partial(_measure_afresh, bench, *started[system], count),
             )
-    return Row(sorted(cells, key=lambda cell: cell.key.rpartition("/")[0]))
-
-
-def _measure_afresh(bench: Bench, server: Child, groups: Sequence[Group]) -> Sample:
-    """Measure on new streams, and close them: callers who were just here would be waited for."""
-    sample = measure(
-        server,
-        groups,
-        payload_bytes=64,
-        warm_s=bench.settings.warm_s,
-        window_s=bench.settings.window_s,
-        least_batch=sum(group.callers for group in groups if group.counted) / 2,
+            for name, (title, count, callback, leave_early) in _CASES.items()
+            for transport in (DIRECT, PUBLIC)
+            if (system := (transport, callback, leave_early)) in started
+        ]
     )
-    for group in groups:
-        group.child.ask(do="close")
+
+
+def _measure_afresh(bench: Bench, server: Child, callers: list[Child], count: int) -> Sample:
+    """Measure on new streams, and close them: a batch would wait for callers who were just here."""
+    sample = bench.measure(server, shared(count, callers), least_batch=count / 2)
+    for child in callers:
+        child.ask("close")
     return sample

@@ -1,22 +1,22 @@
-"""What a server costs while nobody asks: 16 streams are open and were in use a moment ago."""
+"""What a server costs while nobody asks, with 16 open streams that were in use a moment ago."""
 
 from __future__ import annotations
 
 import time
 from contextlib import ExitStack
 
-from measuring import Sample, measure
+from measuring import Sample
 from row import Bench, Cell, Row, Started, shared
 from systems import SYSTEMS
 
-TITLE = "CPU: a request's (see row 1), and that of an idle server with 16 open streams"
+TITLE = "CPU per request (see row 1), and CPU of an idle server with 16 open streams"
 
 CALLERS = 16
 _CALM_S = 0.5
 
 
 class _Watch:
-    """Watches all servers over the same time, once a round; the cells then look up their own."""
+    """Watches all servers at the same time, once per round; each cell then looks up its own."""
 
     def __init__(self, bench: Bench, servers: dict[str, Started]) -> None:
         self._bench = bench
@@ -26,7 +26,7 @@ class _Watch:
     def watch(self) -> None:
         problems = {}
         for name, (server, callers) in self._servers.items():
-            sample = measure(server, shared(CALLERS, callers), payload_bytes=64, warm_s=0.2, window_s=0.2)
+            sample = self._bench.measure(server, shared(CALLERS, callers), warm_s=0.2, window_s=0.2)
             problems[name] = sample.problems
         time.sleep(_CALM_S)
         begin_ns = time.monotonic_ns()

@@ -1,4 +1,4 @@
-"""How long the callback stands still between two batches, when it leaves the GIL and more than enough callers wait."""
+"""How long the callback stands still between two batches when it releases the GIL and enough callers wait."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 
-from measuring import Sample, measure, open_streams
+from measuring import Sample, open_streams
 from processes import Child
 from row import Bench, Cell, Row, shared
 from systems import DIRECT, PUBLIC, batcher
 
 from grpc_batcher._cli.load import percentile
 
-TITLE = "from one callback's end to the next: 64 callers, 2 ms without the GIL"
+TITLE = "from a callback's end to the next one's start: 64 callers, 2 ms without the GIL"
 
 CALLERS = 64
 
 
 def open_row(bench: Bench, stack: ExitStack) -> Row:
-    systems = {gear: batcher(gear, "native") for gear in (DIRECT, PUBLIC)}
+    systems = {transport: batcher(transport, "native") for transport in (DIRECT, PUBLIC)}
     return Row(
         [
-            Cell(f"overlap/{gear}", f"the gap: {systems[gear].title}", "p50_ms", partial(_gaps, bench, server, callers))
-            for gear, (server, callers) in bench.start(stack, systems).items()
+            Cell(
+                f"overlap/{transport}",
+                f"the gap: {systems[transport].title}",
+                "p50_ms",
+                partial(_gaps, bench, server, callers),
+            )
+            for transport, (server, callers) in bench.start(stack, systems).items()
         ]
     )
 
@@ -31,15 +36,8 @@ def open_row(bench: Bench, stack: ExitStack) -> Row:
 def _gaps(bench: Bench, server: Child, callers: list[Child]) -> Sample:
     groups = shared(CALLERS, callers)
     open_streams(server, groups)
-    server.ask(do="notes")
-    sample = measure(
-        server,
-        groups,
-        payload_bytes=64,
-        warm_s=bench.settings.warm_s,
-        window_s=bench.settings.window_s,
-        least_batch=8,
-    )
+    server.ask("notes")
+    sample = bench.measure(server, groups, least_batch=8)
     gaps_ns = sorted(next_begin_ns - end_ns for (_, end_ns, _), (next_begin_ns, _, _) in pairwise(sample.notes(server)))
     sample.values["p50_ms"] = percentile(gaps_ns, 50) / 1e6
     sample.values["p99_ms"] = percentile(gaps_ns, 99) / 1e6

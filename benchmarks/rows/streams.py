@@ -1,4 +1,4 @@
-"""From 1 to 1,024 open streams, all in use, and what an open stream costs the server in memory."""
+"""From 1 to 1,024 open streams, all in use, and the memory that an open stream costs the server."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 
-from measuring import Sample, measure, open_streams
+from measuring import Sample, open_streams
 from row import Bench, Cell, Row, Started, shared
 from systems import DIRECT, PUBLIC, batcher
 
@@ -14,7 +14,7 @@ TITLE = "open streams, each with a caller"
 
 COUNTS = (1, 16, 128, 1024)
 
-# As callers in processes of their own have it; the others share a connection in each of the two processes.
+# A connection per stream, as callers in processes of their own have; the others share one in each of the two processes.
 EACH = "direct-connections"
 
 _SYSTEMS = {
@@ -23,13 +23,13 @@ _SYSTEMS = {
     EACH: batcher(DIRECT, caller="batcher-each"),
 }
 
-# A thousand threads take a while to start, and wait their turn for longer.
+# A thousand threads take a while to start, and each waits longer for its turn.
 _SETTLE_S_PER_STREAM = 0.0003
 _WINDOW_S_PER_STREAM = 0.001
 
 
 class _Servers:
-    """Servers and callers, new in each round: memory that was used once is seldom given back."""
+    """Servers and callers, new in each round: memory that was once used is seldom given back."""
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
@@ -53,13 +53,10 @@ class _Servers:
             return Sample({}, ["its processes could not be started"])
         server, callers = self._started[name]
         open_streams(server, shared(streams, callers))
-        settings = self._bench.settings
-        sample = measure(
+        sample = self._bench.measure(
             server,
             shared(streams, callers),
-            payload_bytes=64,
-            warm_s=settings.warm_s,
-            window_s=settings.window_s + streams * _WINDOW_S_PER_STREAM,
+            window_s=self._bench.settings.window_s + streams * _WINDOW_S_PER_STREAM,
             settle_s=0.02 + streams * _SETTLE_S_PER_STREAM,
             everyone=False,
         )
@@ -86,5 +83,5 @@ def open_row(bench: Bench, stack: ExitStack) -> Row:
             streams = "1 stream" if count == 1 else f"{count:,} streams"
             add(count, name, f"{streams}: {_SYSTEMS[name].title}")
     add(COUNTS[-1], EACH, f"{COUNTS[-1]:,} streams, a connection each: {_SYSTEMS[EACH].title}")
-    # The streams of one count stay open for the next, larger one.
+    # The streams of one count stay open for the next larger one.
     return Row(cells, in_order=True, begin_round=servers.renew)

@@ -1,31 +1,31 @@
-"""This library's server: `python batcher.py BATCH_SIZE BATCH_TIMEOUT_S CALLBACK`.
+"""This library's server, with one of three callbacks.
 
-CALLBACK is one of
-    answer: answers at once;
-    native: leaves the GIL for 2 ms first, as a call into a network on an accelerator does;
-    python: computes for about 1 ms in pure Python first, with the GIL.
+answer: answers at once.
+native: releases the GIL for 2 ms first, as a call into a network on an accelerator does.
+python: computes for about 1 ms in pure Python first, with the GIL.
 The last two note when they ran.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
 
-import lines
 from answers import FILLER, KEY, TAG_BYTES
 
 from grpc_batcher import create_batcher
+from grpc_batcher._cli.workers import obey
 
 NATIVE_S = 0.002
 PYTHON_NS = 1_000_000
 
-# As a batcher pauses between two batches; a thread that never does so is treated worse by the kernel.
+# A batcher also pauses between two batches, and the kernel treats a thread worse that never does.
 PAUSE_S = 0.0003
 
-# While it is not set no batch is answered, so that each caller needs a stream of its own.
+# While it is not set, no batch is answered, so that each caller needs its own stream.
 released = threading.Event()
 released.set()
 
@@ -39,7 +39,7 @@ def answer(requests: Sequence[bytes]) -> Results:
 
 
 class Noting:
-    """A callback that does some work first, and notes when it began and ended, and its thread's CPU time."""
+    """A callback that does some work first, and notes when it started and ended and its thread's CPU time."""
 
     def __init__(self, work: Callable[[], object]) -> None:
         self._work = work
@@ -59,7 +59,7 @@ class Noting:
         return notes
 
     def alone(self, calls: int, batch_size: int) -> list[tuple[int, int, int]]:
-        """Call it as the batcher would, on a thread and with pauses, but with nothing else going on."""
+        """Call it as the batcher would, on a thread and with pauses, while nothing else runs."""
         batch = [bytes(64)] * batch_size
         self._notes = []
 
@@ -82,7 +82,7 @@ def compute(steps: int) -> int:
 
 
 def steps_for(duration_ns: int) -> int:
-    """How many steps take so long, by the quickest of some tries."""
+    """Return how many steps take that long, judged by the fastest of some tries."""
     steps = 1000
     best_ns = min(_timed_ns(steps) for _ in range(200))
     return max(1, steps * duration_ns // best_ns)
@@ -94,48 +94,34 @@ def _timed_ns(steps: int) -> int:
     return time.monotonic_ns() - begin_ns
 
 
-def main() -> None:
-    batch_size, batch_timeout_s, name = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-    noting = None
-    if name == "native":
-        noting = Noting(lambda: time.sleep(NATIVE_S))
-    elif name == "python":
+def run(pipe: Connection, batch_size: int, batch_timeout_s: float, callback: str, leave_early: bool) -> None:
+    """The process."""
+    commands: dict[str, Callable[..., Any]] = {"hold": released.clear, "release": released.set}
+    function: Callable[[Sequence[bytes]], Results] = answer
+    if callback != "answer":
         steps = steps_for(PYTHON_NS)
-        noting = Noting(lambda: compute(steps))
-    elif name != "answer":
-        raise SystemExit(f"CALLBACK is {name!r}; it must be answer, native or python")
+        noting = Noting({"native": lambda: time.sleep(NATIVE_S), "python": lambda: compute(steps)}[callback])
+        commands |= {"notes": noting.take_notes, "alone": lambda calls: noting.alone(calls, batch_size)}
+        function = noting
     with create_batcher(
         "repr",
         batch_size,
         batch_timeout_s,
         port=0,
-        batch_process_fn=noting or answer,
+        batch_process_fn=function,
         host="127.0.0.1",
         track_metrics=False,
+        leave_early=leave_early,
     ) as batcher:
-        lines.say(port=batcher.port, gear=batcher.gear, counts=True)
-        for command in lines.commands():
-            if command["do"] == "counts":
-                metrics = batcher.metrics()
-                lines.say(
-                    batches=sum(metrics.batches.values()),
-                    batched_requests=metrics.batched_requests,
-                    open_streams=metrics.open_streams,
-                    gear=batcher.gear,
-                )
-            elif command["do"] == "hold":
-                released.clear()
-                lines.say()
-            elif command["do"] == "release":
-                released.set()
-                lines.say()
-            elif command["do"] == "notes" and noting is not None:
-                lines.say(notes=noting.take_notes())
-            elif command["do"] == "alone" and noting is not None:
-                lines.say(notes=noting.alone(command["calls"], batch_size))
-            else:
-                raise SystemExit(f"no such command: {command}")
 
+        def counts() -> dict[str, Any]:
+            metrics = batcher.metrics()
+            return {
+                "batches": sum(metrics.batches.values()),
+                "batched_requests": metrics.batched_requests,
+                "open_streams": metrics.open_streams,
+                "transport": batcher.transport,
+            }
 
-if __name__ == "__main__":
-    main()
+        pipe.send({"port": batcher.port, "transport": batcher.transport, "counts": True})
+        obey(pipe, {**commands, "counts": counts})

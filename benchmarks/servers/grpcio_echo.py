@@ -1,14 +1,15 @@
-"""Plain grpcio, with its synchronous server and no batching: `python grpcio_echo.py THREADS`."""
+"""Plain grpcio, with its synchronous server and no batching."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 
 import grpc
-import lines
 from answers import answer_to
+
+from grpc_batcher._cli.workers import obey
 
 
 def serve(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -21,15 +22,11 @@ class Echo(grpc.GenericRpcHandler):  # type: ignore[misc]
         return grpc.stream_stream_rpc_method_handler(serve)
 
 
-def main() -> None:
-    server = grpc.server(ThreadPoolExecutor(max_workers=int(sys.argv[1])), handlers=(Echo(),))
+def run(pipe: Connection, threads: int) -> None:
+    """The process."""
+    server = grpc.server(ThreadPoolExecutor(max_workers=threads), handlers=(Echo(),))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    lines.say(port=port)
-    for _command in lines.commands():
-        pass
+    pipe.send({"port": port})
+    obey(pipe, {})
     server.stop(None).wait()
-
-
-if __name__ == "__main__":
-    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import re
 import signal
@@ -11,7 +12,6 @@ import sys
 import threading
 import time
 
-import lines
 from answers import answer_to
 from mosec import Server, Worker
 
@@ -28,14 +28,14 @@ class Echo(Worker):
 
 
 def free_port() -> int:
-    """mosec wants to be told a port."""
+    """Return a port for mosec, which cannot choose one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def say_when_ready(port: int) -> None:
-    """Then stop the server once run.py closes the pipe or is gone."""
+    """Say when the server is ready, answer requests for its counts, and stop it when the standard input closes."""
     while True:
         try:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
@@ -46,14 +46,14 @@ def say_when_ready(port: int) -> None:
             pass
         time.sleep(0.05)
     connection.close()
-    lines.say(port=port, counts=True)
-    for _command in lines.commands():
-        lines.say(**counts(port))
+    print(json.dumps({"port": port, "counts": True}), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(counts(port)), flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def counts(port: int) -> dict[str, int]:
-    """What it counted, as its Prometheus page has it."""
+    """What it counted, read from its Prometheus page."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     connection.request("GET", "/metrics")
     page = connection.getresponse().read().decode()

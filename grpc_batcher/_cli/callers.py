@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,14 +12,13 @@ from types import TracebackType
 
 from .._cli.load import Job, Outcome, Window, run
 from .._cli.options import Failure, Security
+from .._cli.workers import Worker, WorkerError, obey, stop_all
 from .._client.client import MukoeBatcherClient
 
-# From the order to ask until callers begin: for the order to reach all processes.
+# From the command to the first request: the command has to reach all processes.
 _LEAD_S = 0.1
 
-_READY_LIMIT_S = 60.0
-
-# How often whoever watches is told, at the least.
+# How often `watch` is called, at the least.
 _LOOK_EVERY_S = 0.25
 
 
@@ -67,35 +64,20 @@ class Asked:
 
 
 class Callers:
-    """So many processes of callers, kept for several windows. Leaving it as a context manager ends them."""
+    """Processes of callers, kept for several windows. Leaving it as a context manager ends them."""
 
     def __init__(self, question: Question, processes: int) -> None:
-        context = multiprocessing.get_context("spawn")  # gRPC does not work in forked children
-        self._pipes: list[Connection] = []
-        self._processes = []
-        # They ignore SIGINT from their first moment: a terminal sends it to all, and this process ends them.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            for _ in range(processes):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_answer_orders, args=(question, theirs), daemon=True)
-                process.start()
-                theirs.close()
-                self._pipes.append(ours)
-                self._processes.append(process)
-        finally:
-            signal.signal(signal.SIGINT, handler)
+        self._workers = [Worker("a process of callers", _obey, question) for _ in range(processes)]
 
     def wait_until_ready(self) -> None:
-        for pipe in self._pipes:
-            if not pipe.poll(_READY_LIMIT_S):
-                raise Failure(f"a process of callers is not ready after {_READY_LIMIT_S:.0f} s")
-            _receive(pipe)
+        with _failure_if_lost():
+            for worker in self._workers:
+                _ = worker.ready
 
     def ask(self, callers: int, warm_up_s: float, duration_s: float, watch: Callable[[float, int], None]) -> Asked:
-        """Have so many callers ask, shared among the processes.
+        """Have `callers` threads ask, shared among the processes.
 
-        warm_up_s: what comes in so many seconds does not count.
+        warm_up_s: what comes in these first seconds does not count.
         watch: called now and then with the seconds that have passed, and the answers that count so far.
 
         Raises Failure if a process is lost.
@@ -103,26 +85,27 @@ class Callers:
         start_ns = time.monotonic_ns() + int(_LEAD_S * 1e9)
         from_ns = start_ns + int(warm_up_s * 1e9)
         window = Window(start_ns, from_ns, from_ns + int(duration_s * 1e9))
-        share, rest = divmod(callers, len(self._pipes))
-        busy = list(enumerate(self._pipes[:callers]))
-        for number, pipe in busy:
-            with _told_if_lost():
-                pipe.send((share + (number < rest), window))
-        answers = [0] * len(busy)
+        share, rest = divmod(callers, len(self._workers))
+        answers: dict[Connection, int] = {}
+        busy = {worker.pipe: worker for worker in self._workers[:callers]}
         merged = Outcome()
         cpu_cores = 0.0
-        while busy:
-            wait([pipe for _, pipe in busy], timeout=_LOOK_EVERY_S)
-            for number, pipe in tuple(busy):
-                while (number, pipe) in busy and pipe.poll():
-                    said = _receive(pipe)
+        with _failure_if_lost():
+            for number, worker in enumerate(busy.values()):
+                worker.tell("ask", share + (number < rest), window)
+            while busy:
+                for pipe in wait(list(busy), timeout=_LOOK_EVERY_S):
+                    assert isinstance(pipe, Connection)
+                    said: int | Asked | str = busy[pipe].answer()
+                    if isinstance(said, str):
+                        raise Failure(said)
                     if isinstance(said, int):
-                        answers[number] = said
+                        answers[pipe] = said
                     else:
                         merged.add(said.outcome)
                         cpu_cores = max(cpu_cores, said.cpu_cores)
-                        busy.remove((number, pipe))
-            watch(max(0.0, (time.monotonic_ns() - start_ns) / 1e9), sum(answers))
+                        del busy[pipe]
+                watch(max(0.0, (time.monotonic_ns() - start_ns) / 1e9), sum(answers.values()))
         return Asked(merged, cpu_cores)
 
     def __enter__(self) -> Callers:
@@ -131,44 +114,33 @@ class Callers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            if kind is not None:  # it may have a window to go on with
-                process.terminate()
-            process.join()
+        if kind is not None:  # they may have a window to go on with
+            for worker in self._workers:
+                worker.kill()
+        stop_all(self._workers)
 
 
 @contextmanager
-def _told_if_lost() -> Iterator[None]:
+def _failure_if_lost() -> Iterator[None]:
     try:
         yield
-    except (EOFError, OSError):
-        raise Failure("a process of callers ended before its time") from None
+    except WorkerError as error:
+        raise Failure(str(error)) from None
 
 
-def _receive(pipe: Connection) -> int | Asked:
-    """What a process says: how many answers it has so far, or what came of its window. Raises Failure for its error."""
-    with _told_if_lost():
-        said: int | Asked | str = pipe.recv()
-    if isinstance(said, str):
-        raise Failure(said)
-    return said
-
-
-def _answer_orders(question: Question, pipe: Connection) -> None:
-    """What a process of callers does, until the other end of its pipe is closed."""
+def _obey(pipe: Connection, question: Question) -> None:
+    """A process of callers. While they ask, it sends how many answers there are so far."""
     with question.connect() as client:
         send = partial(client.send_request, action=question.action, timeout_s=question.timeout_s)
-        try:
-            pipe.send(0)
-            while True:
-                callers, window = pipe.recv()
-                begin_s, cpu_before_s = time.monotonic(), time.process_time()
+
+        def ask(callers: int, window: Window) -> Asked | str:
+            begin_s, cpu_before_s = time.monotonic(), time.process_time()
+            try:
                 outcome = run([send] * callers, [[Job(question.payload)]] * callers, window, watch=pipe.send)
-                cpu_s, lasted_s = time.process_time() - cpu_before_s, time.monotonic() - begin_s
-                pipe.send(Asked(outcome, cpu_s / lasted_s))
-        except (EOFError, OSError):
-            return
-        except RuntimeError as error:  # there can be no more threads
-            pipe.send(f"{callers} callers are too many for a process here: {error}")
+            except RuntimeError as error:  # no more threads can be started
+                return f"{callers} callers are too many for a process here: {error}"
+            cpu_s, lasted_s = time.process_time() - cpu_before_s, time.monotonic() - begin_s
+            return Asked(outcome, cpu_s / lasted_s)
+
+        pipe.send(None)
+        obey(pipe, {"ask": ask})
