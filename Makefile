@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
-SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.py grpc_batcher/*.pyi grpc_batcher/*.pyx grpc_batcher/_proto/*)
+SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.py* grpc_batcher/*/*.py*)
 
 OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_leaks.py tests/test_docs.py tests/test_build_script.py,$(wildcard tests/test_*.py))
 
