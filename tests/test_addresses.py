@@ -36,7 +36,7 @@ REPR_HI = bytes.fromhex("0a040a026869")  # a "repr" request for b"hi", as it tra
 
 
 @pytest.mark.parametrize("form", ["unix:{}", "unix://{}"])
-def test_a_batcher_serves_on_a_unix_socket_and_removes_it_in_the_end(form: str, tmp_path: Path) -> None:
+def test_a_batcher_serves_on_a_unix_socket_and_removes_it_afterwards(form: str, tmp_path: Path) -> None:
     path = tmp_path / "batcher.sock"
     address = form.format(path)
     with serving(host=address, port=50051) as batcher, MukoeBatcherClient(address) as client:
@@ -46,7 +46,7 @@ def test_a_batcher_serves_on_a_unix_socket_and_removes_it_in_the_end(form: str, 
     assert not path.exists()
 
 
-def test_a_batcher_serves_on_a_unix_socket_without_a_file() -> None:
+def test_a_batcher_serves_on_an_abstract_unix_socket() -> None:
     address = f"unix-abstract:grpc_batcher-{os.getpid()}"
     with serving(host=address), MukoeBatcherClient(address) as client:
         assert client.send_request(b"x") == answer(b"x")
@@ -88,7 +88,7 @@ def test_a_unix_socket_that_a_killed_process_left_behind_is_replaced(tmp_path: P
         pytest.param(f"unix:{Path(__file__)}", "", id="a unix socket that is a file"),
     ],
 )
-def test_an_address_that_can_not_be_had_is_a_bind_error_and_leaves_nothing_behind(host: str, why: str) -> None:
+def test_an_unavailable_address_is_a_bind_error_and_leaves_nothing_behind(host: str, why: str) -> None:
     batcher = create_batcher("repr", 1, 0.0, 0, batch_process_fn=len, host=host)
     threads = threading.active_count()
     with pytest.raises(BindError, match=f"can not listen on {host}{why}"):
@@ -106,7 +106,7 @@ def test_a_port_in_use_is_a_bind_error_that_says_so() -> None:
 
 
 @pytest.mark.parametrize("address", ["no-such-host.invalid:50051", "unix:/no/such/folder/batcher.sock", "127.0.0.1:1"])
-def test_a_client_of_an_address_without_a_server_raises_unavailable(address: str) -> None:
+def test_a_client_gets_unavailable_where_no_server_listens(address: str) -> None:
     with MukoeBatcherClient(address) as client:
         assert error_of(client.send_request, b"x").code() is UNAVAILABLE
 
@@ -191,7 +191,7 @@ def _long_lived_streams(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("options", [ROUND_ROBIN, SERVICE_CONFIG])
-def test_streams_spread_over_all_servers_though_the_first_ones_open_before_all_are_connected(
+def test_streams_spread_over_all_servers_even_if_some_connect_late(
     options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_pool, "LEAST_RENEWAL_NS", 1_000_000)
@@ -226,7 +226,7 @@ def test_a_server_that_comes_back_gets_its_share_again(monkeypatch: pytest.Monke
             eventually(lambda: set(send()) == {0, 1, 2})
 
 
-def test_a_client_that_could_reach_none_of_its_servers_is_answered_once_one_is_back() -> None:
+def test_a_client_that_reached_none_of_its_servers_is_answered_once_one_is_back() -> None:
     with three_servers() as batchers, client_of(batchers) as client:
         client.send_request(b"x")
         for batcher in batchers:
@@ -250,7 +250,7 @@ SERVER_PROGRAM = """
 
 @pytest.mark.usefixtures("_long_lived_streams")
 @pytest.mark.parametrize("end", ["killed", "shut down"])
-def test_a_server_that_ends_costs_one_error_a_stream_of_its_own_at_most_and_the_other_streams_nothing(
+def test_a_server_that_ends_costs_each_of_its_own_streams_at_most_one_error(
     end: str, tmp_path: Path
 ) -> None:
     with (
@@ -276,7 +276,7 @@ def test_a_server_that_ends_costs_one_error_a_stream_of_its_own_at_most_and_the_
 
 
 @pytest.mark.usefixtures("_long_lived_streams")
-def test_while_two_servers_drain_the_third_answers_in_their_place() -> None:
+def test_while_two_servers_drain_the_third_answers() -> None:
     gate = threading.Event()
     gate.set()
     held_batches: list[int] = []
@@ -313,7 +313,7 @@ def test_while_two_servers_drain_the_third_answers_in_their_place() -> None:
             shutdown.result()
 
 
-def test_a_name_of_which_one_address_is_taken_is_a_bind_error() -> None:
+def test_a_host_name_with_one_address_taken_is_a_bind_error() -> None:
     """gRPC would be content with the other, and callers would reach one server or the other."""
     if len({found[4][0] for found in socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)}) < 2:
         pytest.skip("localhost has one address here")

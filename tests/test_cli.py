@@ -162,7 +162,7 @@ COMMANDS = {command.name: command for command in _cli.command.commands.values()}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_of_a_command_says_of_each_option_what_it_is_and_which_variable_gives_it(
+def test_the_help_of_a_command_describes_each_option_and_names_its_variable(
     name: str, folder: Path
 ) -> None:
     status, output, errors = run(folder, name, "--help")
@@ -191,13 +191,13 @@ def test_serve_has_an_option_for_every_parameter_of_create_batcher_with_its_defa
     assert "health" in options
 
 
-def test_without_a_command_it_shows_the_commands_and_ends_with_2(folder: Path) -> None:
+def test_without_a_command_it_lists_the_commands_and_exits_with_2(folder: Path) -> None:
     status, output, errors = run(folder)
     assert (status, output) == (2, "")
     assert all(f"\n  {name} " in errors for name in COMMANDS)
 
 
-def test_the_command_lines_in_the_readme_have_only_options_that_there_are() -> None:
+def test_the_command_lines_in_the_readme_use_only_options_that_exist() -> None:
     text = (Path(__file__).parent.parent / "README.md").read_text()
     lines = re.findall(r"^grpc-batcher (\w+) ([^#\n]*)", text, re.MULTILINE)
     assert {name for name, _ in lines} == set(COMMANDS)
@@ -206,7 +206,7 @@ def test_the_command_lines_in_the_readme_have_only_options_that_there_are() -> N
         assert context.params
 
 
-def test_the_installed_command_does_the_same_and_finds_functions_in_the_current_folder(
+def test_the_installed_script_finds_functions_in_the_current_folder(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
@@ -227,7 +227,7 @@ def test_the_installed_command_does_the_same_and_finds_functions_in_the_current_
     assert "Knee: 1 caller (" in output
 
 
-def test_the_version_is_no_setting_that_the_environment_could_hold(folder: Path) -> None:
+def test_the_version_option_has_no_environment_variable(folder: Path) -> None:
     status, _, errors = run(folder, "serve", environment={"GRPC_BATCHER_VERSION": "7.1"})
     assert (status, errors) == (2, "grpc-batcher serve: Missing argument 'MODULE:FUNCTION'.\n")
 
@@ -304,7 +304,7 @@ def error_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[s
 
 
 @pytest.mark.parametrize(("arguments", "message"), [(" ".join(arguments), message) for arguments, message in ERRORS])
-def test_what_can_not_be_done_ends_with_2_and_one_line_that_names_it(
+def test_a_failure_prints_one_line_and_exits_with_2(
     arguments: str, message: str, error_results: dict[str, tuple[str, str]]
 ) -> None:
     status, errors = error_results[arguments]
@@ -313,14 +313,14 @@ def test_what_can_not_be_done_ends_with_2_and_one_line_that_names_it(
     assert re.fullmatch(r"grpc-batcher.*: .+\n", errors)  # one line: the dot takes no other end
 
 
-def test_a_port_in_use_ends_serve_with_2_and_one_line(folder: Path) -> None:
+def test_serve_prints_one_line_and_exits_with_2_if_its_port_is_in_use(folder: Path) -> None:
     with taken_port() as port:
         status, output, errors = run(folder, "serve", *REPR, "--port", str(port))
     assert (status, output) == (2, "")
     assert re.fullmatch(rf"grpc-batcher serve: can not listen on 127.0.0.1:{port}: .+ in use\n", errors)
 
 
-def test_a_metrics_port_in_use_ends_serve_with_2_and_one_line_before_it_serves(folder: Path) -> None:
+def test_serve_prints_one_line_and_exits_with_2_if_its_metrics_port_is_in_use(folder: Path) -> None:
     with taken_port() as port:
         arguments = ("serve", *REPR, "--metrics-host", "127.0.0.1", "--metrics-port", str(port))
         status, output, errors = run(folder, *arguments)
@@ -328,14 +328,14 @@ def test_a_metrics_port_in_use_ends_serve_with_2_and_one_line_before_it_serves(f
     assert re.fullmatch(rf"grpc-batcher serve: --metrics-port: can not listen on 127.0.0.1:{port}: .+ in use\n", errors)
 
 
-def test_bench_ends_with_2_and_one_line_where_no_server_is(folder: Path) -> None:
+def test_bench_prints_one_line_and_exits_with_2_if_there_is_no_server(folder: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     status, output, errors = run(folder, "bench", address)
     assert (status, output) == (2, "")
     assert re.fullmatch(rf"grpc-batcher bench: {address} gave no answer: UNAVAILABLE: .+\n", errors)
 
 
-def test_where_an_import_failed_is_shown_with_the_log_level_debug(folder: Path) -> None:
+def test_log_level_debug_shows_where_an_import_failed(folder: Path) -> None:
     status, _, errors = run(folder, "serve", "broken:f", *REPR[1:], "--log-level", "debug")
     assert status == 2
     assert "Traceback" in errors
@@ -361,7 +361,7 @@ runpy.run_module("grpc_batcher", run_name="__main__", alter_sys=True)
         ("matplotlib", "bench", ["bench", "localhost:1", "--picture", "a.png"]),
     ],
 )
-def test_what_needs_an_extra_that_is_not_installed_says_what_to_install(
+def test_a_command_that_needs_a_missing_extra_says_what_to_install(
     module: str, extra: str, arguments: list[str], folder: Path
 ) -> None:
     with start_program(folder, WITHOUT, module, *arguments) as program:
@@ -371,7 +371,7 @@ def test_what_needs_an_extra_that_is_not_installed_says_what_to_install(
     assert errors.count("\n") == 1
 
 
-def test_serve_needs_no_extra_but_its_own(folder: Path) -> None:
+def test_serve_works_without_the_health_extra(folder: Path) -> None:
     with start_program(folder, WITHOUT, "grpc_health", "serve", *REPR) as program:
         address = program.read_line().rpartition(" ")[2]
         with MukoeBatcherClient(address) as client:
@@ -397,7 +397,7 @@ def test_serve_serves_dyna_on_a_unix_socket(folder: Path) -> None:
         assert client.send_request(b"hi", 3) == ({"result": b"hi"}, 3)
 
 
-def test_every_setting_may_come_from_the_environment_and_the_command_line_wins(folder: Path) -> None:
+def test_options_may_come_from_the_environment_and_the_command_line_wins(folder: Path) -> None:
     environment = {
         "GRPC_BATCHER_SERVE_FUNCTION": "functions:echo_action",
         "GRPC_BATCHER_SERVE_MODEL": "dyna",
@@ -416,13 +416,13 @@ def test_every_setting_may_come_from_the_environment_and_the_command_line_wins(f
     assert asked[::2] == (1, f"{address}: the server has no health service\n")
 
 
-def test_a_bad_setting_in_the_environment_is_an_error_like_another(folder: Path) -> None:
+def test_a_bad_value_in_the_environment_is_reported_like_a_bad_option(folder: Path) -> None:
     status, _, errors = run(folder, "serve", *REPR, environment={"GRPC_BATCHER_SERVE_GRACE_S": "soon"})
     assert status == 2
     assert re.fullmatch(r"grpc-batcher serve: .*'--grace-s'.*'soon' is no number of seconds.*\n", errors)
 
 
-def test_an_interceptor_decides_who_may_send(folder: Path) -> None:
+def test_an_interceptor_decides_who_is_served(folder: Path) -> None:
     with command_serving(folder, *REPR, "--interceptor", "functions:token") as (_, address):
         with MukoeBatcherClient(address) as client:
             assert error_of(client.send_request, b"hi").code() is grpc.StatusCode.UNAUTHENTICATED
@@ -458,7 +458,7 @@ def serving_lines(program: Program) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_under_load_ends_with_0_once_what_was_taken_in_is_answered(
+def test_after_a_signal_under_load_serve_answers_what_it_took_in_and_exits_with_0(
     number: signal.Signals, folder: Path
 ) -> None:
     function = ("functions:hold", *REPR[1:], "--batch-size", "1", *METRICS)
@@ -478,7 +478,7 @@ def test_a_signal_under_load_ends_with_0_once_what_was_taken_in_is_answered(
         assert finish_program(program) == (0, "", "")
 
 
-def test_what_has_no_answer_when_the_grace_is_over_gets_unavailable_and_the_status_is_0(folder: Path) -> None:
+def test_requests_left_when_the_grace_period_ends_get_unavailable_and_serve_exits_with_0(folder: Path) -> None:
     with start(folder, "serve", "functions:hold", *REPR[1:], "--grace-s", "0.1", *METRICS) as program:
         url, address = serving_lines(program)
         with MukoeBatcherClient(address) as client:
@@ -493,7 +493,7 @@ def test_what_has_no_answer_when_the_grace_is_over_gets_unavailable_and_the_stat
     assert "grace of 0.1 s: 1 requests are left without an answer" in errors
 
 
-def test_prometheus_finds_the_counts_and_the_processs_own(folder: Path) -> None:
+def test_a_scrape_of_serve_shows_the_batchers_counts_and_the_processs(folder: Path) -> None:
     with start(folder, "serve", *REPR, *METRICS) as program:
         url, address = serving_lines(program)
         with MukoeBatcherClient(address) as client:
@@ -526,7 +526,7 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {file.name: str(file) for file in folder.iterdir()}
 
 
-def test_over_tls_who_has_a_certificate_of_the_right_authority_is_answered_and_no_one_else(
+def test_over_tls_only_callers_with_a_certificate_of_the_right_authority_are_served(
     folder: Path, pem: dict[str, str]
 ) -> None:
     own = ("--tls-cert", pem["server-cert"], "--tls-key", pem["server-key"], "--tls-client-ca", pem["ca"])
@@ -540,7 +540,7 @@ def test_over_tls_who_has_a_certificate_of_the_right_authority_is_answered_and_n
             assert run(folder, "check", address, "--timeout-s", "2", *refused)[0] == 1
 
 
-def test_a_key_that_is_not_the_certificates_is_told_before_anything_starts(folder: Path, pem: dict[str, str]) -> None:
+def test_a_key_that_does_not_match_its_certificate_is_reported_before_anything_starts(folder: Path, pem: dict[str, str]) -> None:
     status, output, errors = run(
         folder, "serve", *REPR, "--tls-cert", pem["server-cert"], "--tls-key", pem["caller-key"]
     )
@@ -550,7 +550,7 @@ def test_a_key_that_is_not_the_certificates_is_told_before_anything_starts(folde
     )
 
 
-def test_a_key_that_is_none_is_told_before_anything_starts(folder: Path, pem: dict[str, str]) -> None:
+def test_a_file_that_is_not_a_key_is_reported_before_anything_starts(folder: Path, pem: dict[str, str]) -> None:
     status, output, errors = run(folder, "serve", *REPR, "--tls-cert", pem["server-cert"], "--tls-key", pem["ca"])
     assert (status, output) == (2, "")
     assert re.fullmatch(
@@ -578,31 +578,31 @@ def health_server(status: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("said", ["SERVING", "NOT_SERVING", "UNKNOWN"])
-def test_check_ends_with_0_if_and_only_if_the_service_says_serving(said: str, folder: Path) -> None:
+def test_check_exits_with_0_only_if_the_service_says_serving(said: str, folder: Path) -> None:
     with health_server(said) as address:
         status, output, errors = run(folder, "check", address, "--service", "model")
     expected = (0, "SERVING\n", "") if said == "SERVING" else (1, "", f"{address}: {said}\n")
     assert (status, output, errors) == expected
 
 
-def test_check_finds_the_server_that_serve_started(folder: Path) -> None:
+def test_check_reports_a_server_started_by_serve_as_serving(folder: Path) -> None:
     with command_serving(folder, *REPR) as (_, address):
         assert run(folder, "check", address) == (0, "SERVING\n", "")
 
 
-def test_check_ends_with_1_for_a_service_that_is_not_there(folder: Path) -> None:
+def test_check_exits_with_1_for_an_unknown_service(folder: Path) -> None:
     with health_server("SERVING") as address:
         assert run(folder, "check", address, "--service", "x") == (1, "", f"{address}: the server has no service 'x'\n")
 
 
-def test_check_ends_with_1_where_no_server_is(folder: Path) -> None:
+def test_check_exits_with_1_if_there_is_no_server(folder: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     status, output, errors = run(folder, "check", address)
     assert (status, output) == (1, "")
     assert re.fullmatch(rf"{address}: UNAVAILABLE: .+\n", errors)
 
 
-def test_check_ends_with_1_where_a_server_never_answers(folder: Path) -> None:
+def test_check_exits_with_1_if_a_server_never_answers(folder: Path) -> None:
     with taken_port() as port:
         status, output, errors = run(folder, "check", f"127.0.0.1:{port}", "--timeout-s", "0.3")
     assert (status, output) == (1, "")
@@ -612,7 +612,7 @@ def test_check_ends_with_1_where_a_server_never_answers(folder: Path) -> None:
 # ---- bench ----
 
 
-def test_what_bench_writes_agrees_with_the_servers_own_counts(folder: Path) -> None:
+def test_the_report_of_bench_agrees_with_the_servers_own_counts(folder: Path) -> None:
     with serving() as batcher:
         status, output, errors = run(
             folder, "bench", address_of(batcher), "--callers", "3,1,2", *QUICK, "--json", "b.json", "--picture", "b.png"
@@ -639,7 +639,7 @@ def test_what_bench_writes_agrees_with_the_servers_own_counts(folder: Path) -> N
     assert (folder / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_sends_the_payload_and_the_action_that_it_is_told_from_several_processes(folder: Path) -> None:
+def test_bench_sends_the_given_payload_and_action_from_several_processes(folder: Path) -> None:
     seen: set[Any] = set()
 
     def note(requests: list[Any]) -> list[Any]:
@@ -656,7 +656,7 @@ def test_bench_sends_the_payload_and_the_action_that_it_is_told_from_several_pro
     assert [point["callers"] for point in record["points"]] == [1, 3]
 
 
-def test_bench_counts_what_failed_and_ends_with_1(folder: Path) -> None:
+def test_bench_counts_failed_requests_and_exits_with_1(folder: Path) -> None:
     first = threading.Event()
 
     def fail_some(requests: list[Any]) -> list[Any]:
@@ -677,7 +677,7 @@ def test_bench_counts_what_failed_and_ends_with_1(folder: Path) -> None:
     assert "Knee: none" in output
 
 
-def test_bench_shows_a_live_line_on_a_terminal_alone(folder: Path) -> None:
+def test_bench_shows_its_progress_only_on_a_terminal(folder: Path) -> None:
     ours, terminal = pty.openpty()
     with serving() as batcher, open(ours, "rb", buffering=0) as screen:
         with start(folder, "bench", address_of(batcher), "--callers", "2", *QUICK, stderr=terminal) as program:
@@ -697,7 +697,7 @@ def callers_of(program: Program) -> list[int]:
     return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-def test_bench_that_is_interrupted_ends_its_callers_and_says_so_in_a_line(folder: Path) -> None:
+def test_an_interrupted_bench_ends_its_callers_and_prints_one_line(folder: Path) -> None:
     with serving() as batcher:
         arguments = ("bench", address_of(batcher), "--callers", "2", "--duration-s", "1000", "--processes", "2")
         with start(folder, *arguments) as program:
@@ -710,7 +710,7 @@ def test_bench_that_is_interrupted_ends_its_callers_and_says_so_in_a_line(folder
     assert not any(Path(f"/proc/{caller}").exists() for caller in callers)
 
 
-def test_bench_that_loses_a_process_of_callers_ends_with_2_and_one_line(folder: Path) -> None:
+def test_a_bench_that_loses_a_process_of_callers_prints_one_line_and_exits_with_2(folder: Path) -> None:
     with serving() as batcher:
         arguments = ("bench", address_of(batcher), "--callers", "2", "--duration-s", "1000", "--processes", "2")
         with start(folder, *arguments) as program:
@@ -735,14 +735,14 @@ def point(callers: int, requests_per_s: float) -> Point:
         ({1: 0, 2: 0}, None),
     ],
 )
-def test_the_knee_is_the_fewest_callers_with_nine_tenths_of_the_best_throughput(
+def test_the_knee_is_the_fewest_callers_with_90_percent_of_the_best_throughput(
     throughputs: dict[int, float], expected: int | None
 ) -> None:
     found = knee([point(callers, requests_per_s) for callers, requests_per_s in throughputs.items()])
     assert (found.callers if found else None) == expected
 
 
-def test_a_token_in_the_environment_may_have_blanks_and_no_error_shows_it(folder: Path) -> None:
+def test_a_token_in_the_environment_may_contain_spaces_and_no_error_shows_it(folder: Path) -> None:
     secret = {"GRPC_BATCHER_CHECK_METADATA": "authorization=Bearer s3cr3t\nteam=blue"}
     status, _, errors = run(folder, "check", "127.0.0.1:1", environment=secret)
     assert (status, errors.partition(":")[0]) == (1, "127.0.0.1")
@@ -759,7 +759,7 @@ SLOW_MODULE = """
 """
 
 
-def test_sigterm_ends_a_serve_that_is_loading_its_module(folder: Path) -> None:
+def test_sigterm_ends_serve_while_it_loads_its_module(folder: Path) -> None:
     """As process 1 of a container, too, for which the signal has no default."""
     (folder / "slow.py").write_text(textwrap.dedent(SLOW_MODULE))
     with start(folder, "serve", "slow:function", *REPR[1:]) as program:

@@ -65,7 +65,7 @@ def run_extended(folder: Path, text: str) -> list[str]:
     return run_program(folder, text, environment={"PYTHONPATH": path})
 
 
-def test_the_page_shows_one_message_with_its_field_and_one_entry() -> None:
+def test_the_page_adds_only_one_message_with_its_field_and_one_entry() -> None:
     proto_diff, models_diff = blocks("diff")
     assert not any(line.startswith("-") for line in (proto_diff + models_diff).splitlines())
     added = lines_of(proto_diff, "+")
@@ -74,7 +74,7 @@ def test_the_page_shows_one_message_with_its_field_and_one_entry() -> None:
     assert len(lines_of(models_diff, "+").splitlines()) == 1
 
 
-def test_the_pages_example_runs_with_just_these_edits(extended: Path) -> None:
+def test_the_pages_example_runs_after_generating_the_messages_with_protoc(extended: Path) -> None:
     [example] = blocks("python")
     expected = re.findall(r"print\(.*\)  # (.*)$", example, re.MULTILINE)
     assert len(expected) == 2
@@ -121,7 +121,7 @@ TEMPERATURE_PROGRAM = """
 """
 
 
-def test_the_new_kind_is_a_kind_like_the_others_which_go_on_as_before(extended: Path) -> None:
+def test_a_new_kind_works_like_the_others_which_are_unchanged(extended: Path) -> None:
     assert run_extended(extended, TEMPERATURE_PROGRAM) == [
         "({'data': b'x', 'temperature': b'0.25'}, 2)",
         "({'data': b'x', 'temperature': b'0.0'}, 2)",

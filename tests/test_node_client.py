@@ -37,7 +37,7 @@ def node_client(tmp_path: Path) -> Path:
 
 @pytest.mark.timeout(3 * PROGRAM_LIMIT_S)  # the packages may have to come over a slow network first
 @pytest.mark.parametrize("secured_by", ["nothing", "mutual TLS"])
-def test_a_node_client_gets_its_answers_from_both_kinds_of_batcher(
+def test_a_node_client_is_answered_by_both_kinds_of_batcher(
     secured_by: str, node_client: Path, certificates: Certificates
 ) -> None:
     folder, options = [], {}

@@ -117,7 +117,7 @@ def test_every_request_of_a_batch_gets_its_own_answer() -> None:
         pytest.param(({"a": bytes(3_000_000)}, 0), ({"a": bytes(3_000_000)}, 0), id="large"),
     ],
 )
-def test_an_answer_arrives_as_the_callback_gave_it(result: Any, received: Any) -> None:
+def test_an_answer_arrives_as_the_callback_returned_it(result: Any, received: Any) -> None:
     assert outcomes_of_batch(one_result(result), b"x", b"bad", b"y") == [answer(b"x"), received, answer(b"y")]
 
 
@@ -164,13 +164,13 @@ class OwnBaseError(BaseException):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_when_the_callback_raises_the_whole_batch_gets_its_type_and_text(error: BaseException, text: str) -> None:
+def test_a_callback_that_raises_fails_the_whole_batch_with_the_errors_type_and_text(error: BaseException, text: str) -> None:
     outcomes = outcomes_of_batch(raising(error), b"a", b"bad", b"c")
     for outcome in outcomes:
         assert_error(outcome, INTERNAL, text)
 
 
-def test_when_the_callback_raises_it_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_callback_raises_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR, logger="grpc_batcher"):
         outcomes_of_batch(raising(OwnError("find me")), b"bad")
     [record] = [record for record in caplog.records if record.name == "grpc_batcher"]
@@ -191,19 +191,19 @@ def test_when_the_callback_raises_it_is_logged_with_its_traceback(caplog: pytest
     ],
     ids=["ascii", "two bytes", "three bytes", "four bytes", "percent", "newlines", "nulls"],
 )
-def test_a_very_long_error_arrives_shortened(text: str) -> None:
+def test_a_very_long_error_text_is_shortened(text: str) -> None:
     [outcome] = outcomes_of_batch(raising(ValueError(f"begin {text}")), b"bad")
     assert_error(outcome, INTERNAL, f"ValueError: begin {text[:50]}")
     assert len(outcome.details()) < len(text)
 
 
 @pytest.mark.parametrize("text", ["\u00e4\u20ac\U0001f642", "two\nlines", "a\0null", "100 %", "%41"], ids=repr)
-def test_an_error_arrives_with_every_character_of_its_text(text: str) -> None:
+def test_every_character_of_an_error_text_arrives(text: str) -> None:
     [outcome] = outcomes_of_batch(raising(ValueError(text)), b"bad")
     assert_error(outcome, INTERNAL, f"ValueError: {text}")
 
 
-def test_an_error_whose_text_utf8_can_not_express_arrives_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_text_that_utf8_cannot_express_still_arrives(caplog: pytest.LogCaptureFixture) -> None:
     # pytest can not hand such a line of the log from one process to another.
     caplog.set_level(logging.CRITICAL + 1, logger="grpc_batcher")
     [outcome] = outcomes_of_batch(raising(OSError("no such file: caf\udce9")), b"bad")
@@ -217,7 +217,7 @@ class Unprintable(Exception):
     __repr__ = __str__
 
 
-def test_an_error_whose_text_can_not_be_had_arrives_with_its_type() -> None:
+def test_an_error_whose_text_raises_arrives_with_its_type() -> None:
     [outcome] = outcomes_of_batch(raising(Unprintable()), b"bad")
     assert_error(outcome, INTERNAL, "Unprintable")
 
@@ -235,7 +235,7 @@ def test_an_error_whose_text_can_not_be_had_arrives_with_its_type() -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_an_exception_for_a_result_fails_that_request_alone(error: BaseException, text: str) -> None:
+def test_an_exception_in_place_of_a_result_fails_only_that_request(error: BaseException, text: str) -> None:
     first, outcome, last = outcomes_of_batch(one_result(error), b"a", b"bad", b"c")
     assert_error(outcome, INTERNAL, text)
     assert (first, last) == (answer(b"a"), answer(b"c"))
@@ -299,7 +299,7 @@ class BrokenMapping(Mapping[str, bytes]):
         pytest.param(({}, 10**5000), "", id="step of 5,000 digits"),
     ],
 )
-def test_a_result_of_a_wrong_shape_or_type_fails_that_request_alone(result: Any, text: str) -> None:
+def test_a_result_of_the_wrong_shape_or_type_fails_only_that_request(result: Any, text: str) -> None:
     first, outcome, last = outcomes_of_batch(one_result(result), b"a", b"bad", b"c")
     assert_error(outcome, INTERNAL, text)
     assert (first, last) == (answer(b"a"), answer(b"c"))
@@ -318,7 +318,7 @@ def test_a_result_of_a_wrong_shape_or_type_fails_that_request_alone(result: Any,
     ],
     ids=["none", "too few", "too many", "far too many"],
 )
-def test_a_wrong_number_of_results_fails_the_whole_batch_with_both_numbers(spoil: Any, count: str) -> None:
+def test_the_wrong_number_of_results_fails_the_whole_batch_with_both_numbers(spoil: Any, count: str) -> None:
     outcomes = outcomes_of_batch(whole_batch(spoil), b"a", b"bad", b"c")
     for outcome in outcomes:
         assert_error(outcome, INTERNAL, f"returned {count} for 3")
@@ -339,7 +339,7 @@ def test_a_wrong_number_of_results_fails_the_whole_batch_with_both_numbers(spoil
     ],
     ids=["None", "generator", "str", "bytes", "int", "dict", "set", "exception", "without repr"],
 )
-def test_something_that_is_no_list_fails_the_whole_batch_with_its_type(spoil: Any, kind: str) -> None:
+def test_a_return_value_that_is_not_a_list_fails_the_whole_batch_with_its_type(spoil: Any, kind: str) -> None:
     outcomes = outcomes_of_batch(whole_batch(spoil), b"a", b"bad", b"c")
     for outcome in outcomes:
         assert_error(outcome, INTERNAL, kind)
@@ -382,7 +382,7 @@ def assert_refused_and_others_unharmed(
         ),
     ],
 )
-def test_a_message_that_is_no_request_of_this_kind_is_refused(message: bytes, parts: list[str]) -> None:
+def test_a_message_that_is_not_a_request_of_this_kind_is_refused(message: bytes, parts: list[str]) -> None:
     def check(reply: Any) -> None:
         assert reply.code is INVALID_ARGUMENT
         assert reply.messages == []
@@ -433,7 +433,7 @@ def test_a_request_beyond_a_full_queue_is_refused_at_once() -> None:
     )
 
 
-def test_a_client_whose_request_met_a_full_queue_is_served_once_there_is_room() -> None:
+def test_after_a_full_queue_a_client_is_served_once_there_is_room() -> None:
     with Held() as held, serving(held, max_queue_size=1) as batcher, connect(batcher) as client:
         requests = [in_callback(held, client, b"in the callback"), waiting(batcher, client.send_request, b"waits")]
         for _ in range(3):
@@ -454,7 +454,7 @@ def test_a_stream_beyond_the_limit_is_refused_at_once() -> None:
     )
 
 
-def test_a_stream_is_let_in_once_another_was_closed() -> None:
+def test_a_stream_is_accepted_once_another_is_closed() -> None:
     with serving(max_streams=1) as batcher, connect(batcher) as second:
         with connect(batcher) as first:
             assert first.send_request(b"x") == answer(b"x")
@@ -475,14 +475,14 @@ def test_a_message_over_the_limit_is_refused_with_both_sizes() -> None:
     )
 
 
-def test_a_message_of_just_the_limit_is_taken() -> None:
+def test_a_message_of_exactly_the_limit_is_accepted() -> None:
     with serving(max_message_bytes=1000) as batcher, connect(batcher) as client:
         assert client.send_request(bytes(994)) == answer(bytes(994))
         assert_error(error_of(client.send_request, bytes(995)), RESOURCE_EXHAUSTED, "1000", "1001")
         assert client.send_request(bytes(994)) == answer(bytes(994))
 
 
-def test_messages_of_many_mebibytes_pass_by_default() -> None:
+def test_messages_of_20_mebibytes_pass_by_default() -> None:
     data = bytes(20 * 1024 * 1024)
     with serving() as batcher, connect(batcher) as client:
         assert client.send_request(data) == answer(data)
@@ -528,7 +528,7 @@ by_every_deadline = pytest.mark.parametrize(
 
 
 @by_every_deadline
-def test_a_request_whose_deadline_passes_while_it_waits_is_never_given_to_the_callback(send: Any) -> None:
+def test_a_request_whose_deadline_passes_while_it_waits_never_reaches_the_callback(send: Any) -> None:
     def deadline_passed_while_waiting(timeout_s: float) -> bool:
         with Held() as held, serving(held) as batcher, connect(batcher) as client, connect(batcher) as others:
             held.release()
@@ -553,7 +553,7 @@ def test_a_request_whose_deadline_passes_while_it_waits_is_never_given_to_the_ca
 
 
 @by_every_deadline
-def test_a_deadline_that_passes_in_the_callback_leaves_the_rest_of_the_batch_their_answers(send: Any) -> None:
+def test_a_deadline_that_passes_in_the_callback_does_not_affect_the_rest_of_the_batch(send: Any) -> None:
     def deadline_passed_in_the_callback(timeout_s: float) -> bool:
         with Held() as held, serving(held) as batcher, connect(batcher) as client, connect(batcher) as others:
             held.release()
@@ -582,7 +582,7 @@ def test_a_request_with_time_left_is_answered() -> None:
         assert old_style_request(address_of(batcher), REPR_HI, 1000).code is grpc.StatusCode.OK
 
 
-def test_a_request_whose_caller_cancelled_is_never_given_to_the_callback() -> None:
+def test_a_cancelled_request_never_reaches_the_callback() -> None:
     with Held() as held, serving(held) as batcher, connect(batcher) as client:
         in_front = in_callback(held, client, b"in front")
         before = waiting(batcher, client.send_request, b"before")
@@ -598,7 +598,7 @@ def test_a_request_whose_caller_cancelled_is_never_given_to_the_callback() -> No
         assert held.batches == [[b"in front"], [b"before", b"behind"], [b"after"]]
 
 
-def test_a_caller_that_cancels_in_the_callback_leaves_the_rest_of_the_batch_their_answers() -> None:
+def test_a_request_cancelled_in_the_callback_does_not_affect_the_rest_of_the_batch() -> None:
     with Held() as held, serving(held) as batcher, connect(batcher) as client:
         in_front = in_callback(held, client, b"in front")
         first = waiting(batcher, client.send_request, b"first")
@@ -616,7 +616,7 @@ def test_a_caller_that_cancels_in_the_callback_leaves_the_rest_of_the_batch_thei
         assert held.batches[1] == [b"first", b"hi", b"last"]
 
 
-def test_a_client_that_is_closed_takes_its_waiting_requests_with_it() -> None:
+def test_closing_a_client_removes_its_waiting_requests() -> None:
     with Held() as held, serving(held) as batcher, connect(batcher) as client, connect(batcher) as leaver:
         in_front = in_callback(held, client, b"in front")
         left = [waiting(batcher, leaver.send_request, data) for data in (b"one", b"two")]
@@ -633,7 +633,7 @@ def test_a_client_that_is_closed_takes_its_waiting_requests_with_it() -> None:
 # ---- closing, or no server ----
 
 
-def test_while_the_batcher_closes_new_requests_are_refused_and_those_taken_in_are_answered() -> None:
+def test_during_a_shutdown_new_requests_are_refused_and_those_taken_in_are_answered() -> None:
     with (
         Held() as held,
         serving(held) as batcher,
@@ -655,7 +655,7 @@ def test_while_the_batcher_closes_new_requests_are_refused_and_those_taken_in_ar
         assert held.batches == [[b"first"], [b"in the callback"], [b"waits"]]
 
 
-def test_what_has_no_answer_when_the_grace_is_over_gets_unavailable(caplog: pytest.LogCaptureFixture) -> None:
+def test_requests_left_when_the_grace_period_ends_get_unavailable(caplog: pytest.LogCaptureFixture) -> None:
     with Held() as held, serving(held) as batcher, connect(batcher) as client:
         requests = [in_callback(held, client, b"in the callback")]
         requests += [waiting(batcher, client.send_request, b"waits")]
@@ -668,7 +668,7 @@ def test_what_has_no_answer_when_the_grace_is_over_gets_unavailable(caplog: pyte
         assert held.batches == [[b"in the callback"]]
 
 
-def test_a_large_answer_is_sent_to_its_end_while_the_batcher_closes() -> None:
+def test_a_large_answer_is_sent_completely_during_a_shutdown() -> None:
     size = 16 * 2**20  # more than gRPC sends before its reader reads
     with serving(lambda requests: [({"result": bytes(size)}, 0)]) as batcher:
         with old_style_call(address_of(batcher), MODELS["repr"].write_request({"data": b"x"})) as call:
@@ -680,7 +680,7 @@ def test_a_large_answer_is_sent_to_its_end_while_the_batcher_closes() -> None:
         shutdown.result()
 
 
-def test_old_style_requests_get_unavailable_while_the_batcher_closes() -> None:
+def test_old_style_requests_get_unavailable_during_a_shutdown() -> None:
     with Held() as held, serving(held) as batcher, connect(batcher) as client:
         request = in_callback(held, client, b"in the callback")
         shutdown = in_background(batcher.shutdown, grace_s=60)
@@ -692,7 +692,7 @@ def test_old_style_requests_get_unavailable_while_the_batcher_closes() -> None:
         shutdown.result()
 
 
-def test_without_a_server_requests_get_unavailable() -> None:
+def test_requests_get_unavailable_if_there_is_no_server() -> None:
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))  # so that nobody listens on this port
         with MukoeBatcherClient(f"127.0.0.1:{deaf.getsockname()[1]}") as client:
@@ -701,7 +701,7 @@ def test_without_a_server_requests_get_unavailable() -> None:
             assert_error(error_of(client.send_request, b"x", timeout_s=1000), UNAVAILABLE)
 
 
-def test_after_its_server_was_shut_down_a_client_gets_unavailable() -> None:
+def test_requests_get_unavailable_after_their_server_was_shut_down() -> None:
     with serving() as batcher, connect(batcher) as client:
         assert client.send_request(b"x") == answer(b"x")
         batcher.shutdown()
@@ -712,7 +712,7 @@ def test_after_its_server_was_shut_down_a_client_gets_unavailable() -> None:
 # ---- the errors themselves ----
 
 
-def test_an_error_is_a_grpc_error_that_can_be_pickled() -> None:
+def test_a_request_error_is_a_grpc_error_and_can_be_pickled() -> None:
     [error] = outcomes_of_batch(raising(ValueError("the network broke")), b"bad")
     assert isinstance(error, grpc.RpcError)
     copy = pickle.loads(pickle.dumps(error))

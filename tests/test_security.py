@@ -44,7 +44,7 @@ def refused(client: MukoeBatcherClient, code: grpc.StatusCode) -> None:
 # ---- TLS ----
 
 
-def test_a_client_that_trusts_the_servers_authority_is_answered(certificates: Certificates) -> None:
+def test_a_client_that_trusts_the_servers_authority_is_served(certificates: Certificates) -> None:
     with (
         serving(credentials=tls(certificates)) as batcher,
         connect(batcher, credentials=trusting(certificates)) as client,
@@ -53,7 +53,7 @@ def test_a_client_that_trusts_the_servers_authority_is_answered(certificates: Ce
         assert client.send_request(b"y" * 1_000_000) == answer(b"y" * 1_000_000)
 
 
-def test_a_client_in_plaintext_or_of_another_authority_gets_unavailable_and_its_request_goes_nowhere(
+def test_a_client_in_plaintext_or_with_another_authority_gets_unavailable(
     certificates: Certificates, strange_certificates: Certificates
 ) -> None:
     with (
@@ -68,7 +68,7 @@ def test_a_client_in_plaintext_or_of_another_authority_gets_unavailable_and_its_
         assert held.batches == [[b"x"]]
 
 
-def test_a_client_that_wants_tls_gets_unavailable_from_a_server_in_plaintext(certificates: Certificates) -> None:
+def test_a_client_that_uses_tls_gets_unavailable_from_a_plaintext_server(certificates: Certificates) -> None:
     with serving() as batcher:
         refused(connect(batcher, credentials=trusting(certificates)), UNAVAILABLE)
         assert batcher.metrics().batched_requests == 0
@@ -84,7 +84,7 @@ def test_a_client_refuses_a_server_whose_certificate_is_for_another_name(certifi
 # ---- certificates of the callers' own ----
 
 
-def test_only_clients_with_a_certificate_of_the_servers_authority_are_answered(
+def test_only_clients_with_a_certificate_of_the_servers_authority_are_served(
     certificates: Certificates, strange_certificates: Certificates
 ) -> None:
     with (
@@ -101,7 +101,7 @@ def test_only_clients_with_a_certificate_of_the_servers_authority_are_answered(
 
 
 @pytest.mark.parametrize(("option", "version"), [("-tls1_3", "TLSv1.3"), ("-tls1_2", "TLSv1.2")])
-def test_tls_1_3_and_1_2_are_spoken_with_http_2_on_top(option: str, version: str, certificates: Certificates) -> None:
+def test_tls_1_3_and_1_2_are_supported_with_http_2(option: str, version: str, certificates: Certificates) -> None:
     with serving(credentials=mutual_tls(certificates)) as batcher:
         said = openssl_says(batcher, certificates, option)
     assert f"New, {version}, Cipher is " in said, said
@@ -109,7 +109,7 @@ def test_tls_1_3_and_1_2_are_spoken_with_http_2_on_top(option: str, version: str
     assert "Verify return code: 0 (ok)" in said
 
 
-def test_tls_1_1_is_not_spoken(certificates: Certificates) -> None:
+def test_tls_1_1_is_not_supported(certificates: Certificates) -> None:
     with serving(credentials=mutual_tls(certificates)) as batcher:
         said = openssl_says(batcher, certificates, "-tls1_1", "-cipher", "ALL:@SECLEVEL=0")
     assert "New, (NONE), Cipher is (NONE)" in said, said
@@ -146,7 +146,7 @@ class TokenCheck(grpc.ServerInterceptor):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("metadata", [(), (("authorization", "Bearer wrong"),), (("token", "Bearer right"),)])
-def test_a_client_without_the_token_gets_unauthenticated_and_its_request_goes_nowhere(metadata: Any) -> None:
+def test_a_client_without_the_token_gets_unauthenticated(metadata: Any) -> None:
     with (
         Held() as held,
         serving(held, interceptors=[TokenCheck()]) as batcher,
@@ -177,7 +177,7 @@ def bad_credentials(which: str, certificates: Certificates) -> grpc.ServerCreden
     "which",
     ["the certificate is no PEM", "the key is no PEM", "the key is another's", "the root certificates are no PEM"],
 )
-def test_credentials_that_are_none_are_a_value_error_of_start_which_leaves_nothing_behind(
+def test_start_raises_value_error_for_unusable_credentials_and_leaves_nothing_behind(
     which: str, certificates: Certificates
 ) -> None:
     batcher = create_batcher(
@@ -198,7 +198,7 @@ def test_credentials_that_are_none_are_a_value_error_of_start_which_leaves_nothi
     batcher.shutdown()
 
 
-def test_with_good_credentials_a_port_in_use_is_a_bind_error(certificates: Certificates) -> None:
+def test_a_port_in_use_is_a_bind_error_with_credentials_as_well(certificates: Certificates) -> None:
     with serving() as other, pytest.raises(OSError, match=r"can not listen on .*: Address already in use"):
         create_batcher(
             "repr", 1, 0.0, other.port, batch_process_fn=echo, host="127.0.0.1", credentials=tls(certificates)
@@ -212,7 +212,7 @@ def test_with_good_credentials_a_port_in_use_is_a_bind_error(certificates: Certi
     ("host", "is_secured", "warnings"),
     [("0.0.0.0", False, 1), ("0.0.0.0", True, 0), ("127.0.0.1", False, 0), ("localhost", False, 0)],
 )
-def test_one_warning_is_logged_at_start_where_others_can_reach_a_batcher_in_plaintext(
+def test_start_logs_one_warning_if_other_machines_can_reach_a_plaintext_batcher(
     host: str, is_secured: bool, warnings: int, certificates: Certificates, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING), serving(host=host, credentials=tls(certificates) if is_secured else None):
@@ -226,7 +226,7 @@ def test_one_warning_is_logged_at_start_where_others_can_reach_a_batcher_in_plai
 
 
 @pytest.mark.parametrize("name", ["tls.py", "mutual_tls.py", "token_check.py"])
-def test_the_examples_of_security_run_and_print_what_they_say(name: str, tmp_path: Path) -> None:
+def test_the_security_examples_run_and_print_what_their_comments_say(name: str, tmp_path: Path) -> None:
     pytest.importorskip("trustme")
     text = (EXAMPLES / name).read_text()
     expected = re.findall(r"^ *print\(.*\)  # (.*)$", text, re.MULTILINE)

@@ -170,7 +170,7 @@ MISSING_ON_BOTH = [
         *((*missing, "public public") for missing in MISSING_ON_BOTH),
     ],
 )
-def test_without_a_private_name_the_end_that_needs_it_uses_the_public_transport_and_warns_once(
+def test_an_end_whose_private_name_is_missing_uses_the_public_transport_and_warns_once(
     tmp_path: Path, module: str, name: str, expected: str
 ) -> None:
     transports, log = request_program(tmp_path, break_grpcio=HIDDEN.format(module=module, name=name))
@@ -182,7 +182,7 @@ def test_without_a_private_name_the_end_that_needs_it_uses_the_public_transport_
         assert name.rpartition(".")[2] in warning
 
 
-def test_where_grpcio_has_no_non_blocking_handlers_the_server_uses_the_public_transport(tmp_path: Path) -> None:
+def test_without_non_blocking_handlers_the_server_uses_the_public_transport(tmp_path: Path) -> None:
     other_code = """
     import grpc._server
     whole = grpc._server._stream_response_in_pool
@@ -196,7 +196,7 @@ def test_where_grpcio_has_no_non_blocking_handlers_the_server_uses_the_public_tr
     assert "experimental_non_blocking" in warning
 
 
-def test_where_grpcios_classes_take_other_arguments_the_server_uses_the_public_transport(tmp_path: Path) -> None:
+def test_if_grpcios_classes_take_other_arguments_the_server_uses_the_public_transport(tmp_path: Path) -> None:
     other_parameters = """
     import grpc._server
     whole = grpc._server._Context
@@ -246,7 +246,7 @@ def test_where_grpcios_classes_take_other_arguments_the_server_uses_the_public_t
     ],
     ids=["account", "polling thread", "operation", "channel"],
 )
-def test_where_grpcio_behaves_differently_that_end_moves_to_the_public_transport(
+def test_if_grpcio_behaves_differently_that_end_changes_to_the_public_transport(
     tmp_path: Path, expected: str, other_code: str
 ) -> None:
     transports, log = request_program(tmp_path, break_grpcio=other_code)
@@ -254,7 +254,7 @@ def test_where_grpcio_behaves_differently_that_end_moves_to_the_public_transport
     assert len([line for line in log if "use the public transport" in line]) == 1
 
 
-def test_where_calls_take_other_arguments_the_client_uses_the_public_transport(tmp_path: Path) -> None:
+def test_if_calls_take_other_arguments_the_client_uses_the_public_transport(tmp_path: Path) -> None:
     other_parameters = """
     from grpc._cython import cygrpc
     whole = cygrpc.Channel
@@ -269,7 +269,7 @@ def test_where_calls_take_other_arguments_the_client_uses_the_public_transport(t
     assert len([line for line in log if "WARNING" in line]) == 1
 
 
-def test_where_a_servers_call_behaves_differently_the_next_stream_uses_the_public_transport(tmp_path: Path) -> None:
+def test_if_a_servers_call_behaves_differently_the_next_stream_uses_the_public_transport(tmp_path: Path) -> None:
     """The callers of the streams until then get UNAVAILABLE, as of a server that restarts."""
     no_batches = """
     import grpc._server
@@ -301,7 +301,7 @@ def broken_streams(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[.
     return put
 
 
-def test_an_error_in_the_polling_thread_ends_that_stream_alone(
+def test_an_error_in_the_polling_thread_ends_only_that_stream(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """gRPC's polling thread dies of an exception, and with it the server."""
@@ -328,7 +328,7 @@ def test_an_error_in_the_polling_thread_ends_that_stream_alone(
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["the first", "a later"])
-def test_a_reply_that_grpc_refuses_to_send_ends_that_stream_alone(
+def test_a_reply_that_grpc_refuses_to_send_ends_only_that_stream(
     broken_streams: Callable[[str, Callable[..., Any]], None], caplog: pytest.LogCaptureFixture, first: bool
 ) -> None:
     def start(whole: Callable[..., None], operations: tuple[Any, ...]) -> None:
@@ -374,7 +374,7 @@ class WrappingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
         return grpc.stream_stream_rpc_method_handler(wrapped)
 
 
-def test_a_handler_that_an_interceptor_wrapped_answers_and_ends_as_ever() -> None:
+def test_a_handler_wrapped_by_an_interceptor_behaves_the_same() -> None:
     interceptor = WrappingInterceptor()
     with serving(interceptors=(interceptor,)) as batcher, connect(batcher) as client:
         assert [client.send_request(b"a"), client.send_request(b"b")] == [({"result": b"a"}, 0), ({"result": b"b"}, 0)]
@@ -387,7 +387,7 @@ def test_a_handler_that_an_interceptor_wrapped_answers_and_ends_as_ever() -> Non
 
 
 @pytest.mark.parametrize("kind", ["a function", "a function of anything", "a generator"])
-def test_an_interceptor_may_wrap_the_handler_by_functools(kind: str) -> None:
+def test_an_interceptor_may_wrap_the_handler_with_functools(kind: str) -> None:
     """functools.wraps copies what marks the handler of the direct transport, if that stands where it copies from."""
 
     class Wraps(grpc.ServerInterceptor):  # type: ignore[misc]
@@ -437,7 +437,7 @@ def test_metadata_and_interceptors_of_the_client_reach_the_server() -> None:
 
 
 @pytest.mark.timeout(180)
-def test_a_thousand_rounds_of_open_use_and_close_leave_nothing_behind() -> None:
+def test_a_thousand_rounds_of_opening_using_and_closing_leave_nothing_behind() -> None:
     """Streams that end well, by the caller's cancel, by an error and by a time limit, and whole clients."""
     message = MODELS["repr"].write_request({"data": b"x"})
 

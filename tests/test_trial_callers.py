@@ -22,7 +22,7 @@ KILLED_AT_ONCE, KILLED_IN_ALL, THEIR_BYTES = 20, 200 * LENGTH, 200_000
 
 
 @pytest.mark.timeout(300 * LENGTH)
-def test_200_callers_killed_at_random_moments_leave_nothing_behind_and_others_their_answers(tmp_path: Path) -> None:
+def test_200_callers_killed_at_random_moments_leave_nothing_behind(tmp_path: Path) -> None:
     """A leak of a request, a stream, a file or a thread per caller would be seen."""
     moments, others = random.Random(1), 4
     ledger, killed = Ledger(tmp_path / "ledger"), set()
@@ -68,7 +68,7 @@ def test_200_callers_killed_at_random_moments_leave_nothing_behind_and_others_th
     eventually(lambda: batcher.metrics().open_streams == 0)
 
 
-def test_callers_that_leave_while_they_wait_never_reach_the_callback_and_the_others_are_answered(
+def test_requests_of_callers_that_leave_while_waiting_never_reach_the_callback(
     tmp_path: Path,
 ) -> None:
     """Half of those that leave run out of time, the others have their client closed."""
@@ -104,7 +104,7 @@ def test_callers_that_leave_while_they_wait_never_reach_the_callback_and_the_oth
     assert set(account.failed.values()) == {"DEADLINE_EXCEEDED", "CANCELLED"}
 
 
-def test_time_limits_that_pass_at_any_moment_under_load_harm_nobody_else(tmp_path: Path) -> None:
+def test_time_limits_that_pass_at_any_moment_do_not_affect_others(tmp_path: Path) -> None:
     """The limits are about as long as an answer takes, so they pass on the way, in the queue, in the callback."""
     ledger = Ledger(tmp_path / "ledger")
 
@@ -126,7 +126,7 @@ def test_time_limits_that_pass_at_any_moment_under_load_harm_nobody_else(tmp_pat
     assert [name for name in account.failed if not name.startswith("hurries")] == []
 
 
-def test_under_load_requests_reach_the_callback_in_the_order_in_which_they_came_in(
+def test_requests_reach_the_callback_in_order_of_arrival_under_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that was wholly in before another began to come in is never behind it; a stream's own come one by one."""

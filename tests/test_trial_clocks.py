@@ -149,7 +149,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @either_way
-def test_a_window_goes_on_when_the_wall_clock_jumps(offset_s: int, shim: str, tmp_path: Path) -> None:
+def test_a_window_continues_when_the_wall_clock_jumps(offset_s: int, shim: str, tmp_path: Path) -> None:
     output = run_program(tmp_path, LONG_WINDOW_PROGRAM, str(offset_s), environment={"LD_PRELOAD": shim})
     assert output == ["[[b'a', b'b', b'c']] True"]
 

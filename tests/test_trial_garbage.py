@@ -60,7 +60,7 @@ def unharmed_neighbours(**options: int) -> Iterator[MukoeBatcher]:
 
 
 @pytest.mark.parametrize("announced_bytes", [2**31 - 1, 2**31, 2**32 - 1])
-def test_a_message_of_gigabytes_takes_no_memory_as_it_is_announced(announced_bytes: int) -> None:
+def test_a_message_that_announces_gigabytes_takes_no_memory(announced_bytes: int) -> None:
     """Newer gRPC refuses it at once, older once it is wholly in."""
     before = resident_bytes()
     with unharmed_neighbours() as batcher, HandmadeCaller(batcher.port) as caller:
@@ -83,7 +83,7 @@ def test_a_message_of_gigabytes_takes_no_memory_as_it_is_announced(announced_byt
         pytest.param(message_head(len(REQUEST))[:3], id="not even announced"),
     ],
 )
-def test_a_message_that_grpc_can_not_take_apart_ends_its_stream_without_an_answer(sent: bytes) -> None:
+def test_a_message_that_is_cut_off_or_not_grpc_ends_its_stream_without_an_answer(sent: bytes) -> None:
     with unharmed_neighbours() as batcher, HandmadeCaller(batcher.port) as caller:
         stream = caller.open_stream()
         caller.send(stream, sent, end=True)
@@ -91,7 +91,7 @@ def test_a_message_that_grpc_can_not_take_apart_ends_its_stream_without_an_answe
         assert caller.received_bytes[stream] == 0
 
 
-def test_a_message_that_comes_byte_by_byte_is_answered() -> None:
+def test_a_message_that_arrives_byte_by_byte_is_answered() -> None:
     with serving() as batcher, HandmadeCaller(batcher.port) as caller:
         stream = caller.open_stream()
         for byte in message_head(len(REQUEST)) + REQUEST:
@@ -113,7 +113,7 @@ def spoiled(dice: random.Random) -> bytes:
 
 
 @pytest.mark.timeout(180)
-def test_of_a_thousand_spoiled_messages_those_that_protobuf_can_read_are_answered_and_the_others_refused() -> None:
+def test_of_1000_corrupted_messages_exactly_those_that_protobuf_can_read_are_answered() -> None:
     dice = random.Random(4)
     with serving() as batcher, grpc.insecure_channel(address_of(batcher)) as channel, connect(batcher) as client:
         for number in range(1000):
@@ -164,7 +164,7 @@ def test_a_peer_that_speaks_something_else_is_dropped(speak: Callable[[socket.so
                 pass
 
 
-def test_hundreds_of_connections_that_say_nothing_keep_nobody_out() -> None:
+def test_300_silent_connections_keep_nobody_out() -> None:
     with unharmed_neighbours() as batcher:
         silent = [socket.create_connection(("127.0.0.1", batcher.port)) for _ in range(300)]
         with HandmadeCaller(batcher.port) as caller:
@@ -178,7 +178,7 @@ def test_hundreds_of_connections_that_say_nothing_keep_nobody_out() -> None:
 # ---- what is opened and left, or never taken ----
 
 
-def test_thousands_of_streams_may_be_opened_at_once_and_left_and_are_gone_with_their_caller() -> None:
+def test_3000_streams_opened_at_once_disappear_with_their_caller() -> None:
     streams, neighbours = 3000, 2
     before = resident_bytes()
     with unharmed_neighbours() as batcher, HandmadeCaller(batcher.port) as caller:
@@ -189,7 +189,7 @@ def test_thousands_of_streams_may_be_opened_at_once_and_left_and_are_gone_with_t
         assert resident_bytes() - before < 500_000_000
 
 
-def test_streams_beyond_the_limit_are_refused_however_many_are_opened() -> None:
+def test_streams_beyond_max_streams_are_refused_however_many_are_opened() -> None:
     streams, limit, neighbours = 2000, 500, 2
     with unharmed_neighbours(max_streams=limit) as batcher, HandmadeCaller(batcher.port) as caller:
         caller.open_streams(streams)
@@ -199,7 +199,7 @@ def test_streams_beyond_the_limit_are_refused_however_many_are_opened() -> None:
         assert batcher.metrics().open_streams == limit
 
 
-def test_a_caller_that_never_takes_its_answers_costs_no_more_than_these_and_holds_nobody_up() -> None:
+def test_a_caller_that_never_reads_costs_one_answer_per_stream_and_delays_nobody() -> None:
     """Each of its streams asks on and on; the server holds the answer to the first, and reads no further."""
     answer_bytes, streams, requests_on_each = 4_000_000, 8, 10
     before = resident_bytes()
@@ -220,7 +220,7 @@ def test_a_caller_that_never_takes_its_answers_costs_no_more_than_these_and_hold
         assert client.send_request(b"after") == answer(b"after")
 
 
-def test_a_caller_that_never_takes_its_answer_does_not_hold_up_a_shutdown() -> None:
+def test_a_caller_that_never_reads_does_not_delay_a_shutdown() -> None:
     def answer_at_length(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
         return [({"result": bytes(4_000_000)}, 0) for _ in requests]
 
@@ -274,7 +274,7 @@ def test_a_server_that_speaks_something_else_is_unavailable(serve: Callable[[soc
             assert error_of(client.send_request, b"x").code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_a_time_limit_holds_while_a_server_accepts_connections_and_says_nothing() -> None:
+def test_a_time_limit_holds_if_the_server_accepts_connections_and_says_nothing() -> None:
     over = threading.Event()
     with strange_server(lambda _: over.wait()) as address, MukoeBatcherClient(address) as client:
         error = error_of(client.send_request, b"x", timeout_s=0.1)

@@ -160,7 +160,7 @@ def wait_for_state(server: Program, state: str) -> None:
     eventually(lambda: state_of(server).startswith(state))
 
 
-def test_a_server_notices_that_a_callers_host_vanished_and_goes_on_with_a_slow_callback(
+def test_a_server_notices_a_callers_vanished_host_despite_a_slow_callback(
     hosts: Hosts, tmp_path: Path
 ) -> None:
     """The other caller is in the callback for as long and longer: it is not taken for gone, and takes nobody so."""
@@ -190,7 +190,7 @@ def start_caller(folder: Path, hosts: Hosts, name: str, port: str, time_ms: str,
     return start(folder, name, CALLER_PROGRAM, host, address, time_ms, timeout_ms)
 
 
-def test_a_caller_notices_that_its_servers_host_vanished_and_goes_on_when_it_is_back(
+def test_a_caller_notices_its_servers_vanished_host_and_continues_when_it_is_back(
     hosts: Hosts, tmp_path: Path
 ) -> None:
     """Another caller, whose cable holds, is in a slow callback meanwhile."""
@@ -215,7 +215,7 @@ def test_a_caller_notices_that_its_servers_host_vanished_and_goes_on_when_it_is_
         assert set(results[:-1]) <= {"UNAVAILABLE"}
 
 
-def test_a_request_sent_to_a_host_that_vanished_before_fails_after_the_timeout_alone(
+def test_a_request_to_a_host_that_has_vanished_fails_after_the_keepalive_timeout(
     hosts: Hosts, tmp_path: Path
 ) -> None:
     with (
@@ -229,7 +229,7 @@ def test_a_request_sent_to_a_host_that_vanished_before_fails_after_the_timeout_a
         assert caller.read_line() == "UNAVAILABLE"
 
 
-def test_a_caller_that_pings_more_often_than_the_server_allows_is_told_so_and_goes_on() -> None:
+def test_a_caller_that_pings_too_often_is_told_so_and_can_continue() -> None:
     often = (("grpc.keepalive_time_ms", 50),)
     with Held() as held, serving(held) as batcher, connect(batcher, options=often) as client:
         error = error_of(client.send_request, b"in the callback for long")
@@ -254,7 +254,7 @@ ASKING_PROGRAM = """
     tuple(int(part) for part in grpc.__version__.split(".")[:2]) < (1, 62),
     reason="older gRPC reads no answers to its pings while Python code holds the GIL",
 )
-def test_a_callback_that_keeps_the_gil_for_longer_than_keepalive_waits_loses_nobody(
+def test_a_callback_that_holds_the_gil_longer_than_keepalive_waits_loses_no_caller(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(_batcher, "_KEEPALIVE_INTERVAL_MS", int(SHORT_MS))

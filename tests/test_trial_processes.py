@@ -82,7 +82,7 @@ FORKS_UNDER_LOAD_PROGRAM = """
 """
 
 
-def test_a_process_that_serves_and_asks_forks_under_load_and_goes_on(tmp_path: Path) -> None:
+def test_a_process_that_serves_and_calls_may_fork_under_load(tmp_path: Path) -> None:
     """Children that try to send, that start another program, and that are killed."""
     assert run_program(tmp_path, FORKS_UNDER_LOAD_PROGRAM, environment=NO_FORK_SUPPORT) == ["True"]
 
@@ -147,7 +147,7 @@ ENDING_CALLER_PROGRAM = """
     ],
     ids=["at its end", "by sys.exit", "by an exception", "by os._exit", "as it closes its client"],
 )
-def test_a_caller_may_end_with_requests_in_the_air_and_they_leave_the_server(
+def test_a_caller_may_exit_with_requests_in_flight_and_they_leave_the_server(
     ending: str, expected: int, tmp_path: Path
 ) -> None:
     """Its daemon threads wait in gRPC as the interpreter ends."""
@@ -202,7 +202,7 @@ ENDING_SERVER_PROGRAM = """
     [("sys.exit(3)", 3), ("os._exit(4)", 4), ("threading.Thread(target=batcher.shutdown, daemon=True).start()", 0)],
     ids=["by sys.exit", "by os._exit", "as it shuts down"],
 )
-def test_a_program_that_serves_and_asks_may_end_with_requests_in_the_air(
+def test_a_program_that_serves_and_calls_may_exit_with_requests_in_flight(
     ending: str, expected: int, tmp_path: Path
 ) -> None:
     with start_program(tmp_path, ENDING_SERVER_PROGRAM.replace("ENDING", ending)) as program:
@@ -244,7 +244,7 @@ FORKING_SERVER_PROGRAM = """
 """
 
 
-def test_a_forked_child_that_leaves_its_parents_batcher_ends_and_harms_nobody(tmp_path: Path) -> None:
+def test_a_forked_child_that_leaves_its_parents_batcher_exits_and_the_parent_serves_on(tmp_path: Path) -> None:
     environment = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
     with start_program(tmp_path, FORKING_SERVER_PROGRAM, environment=environment) as program:
         with MukoeBatcherClient(f"127.0.0.1:{program.read_line()}") as client:

@@ -36,7 +36,7 @@ def callers_asking(ledger: Ledger, port: int) -> Iterator[None]:
 
 
 @pytest.mark.timeout(60 + 60 * LENGTH)
-def test_callers_of_a_server_that_is_killed_ten_times_get_unavailable_and_go_on_with_the_next(tmp_path: Path) -> None:
+def test_callers_get_unavailable_when_their_server_is_killed_and_continue_with_the_next(tmp_path: Path) -> None:
     ledger, moments, kills = Ledger(tmp_path / "ledger"), random.Random(2), 10 * LENGTH
     server, port = start_server(ledger, HOST)
     with callers_asking(ledger, port):
@@ -54,7 +54,7 @@ def test_callers_of_a_server_that_is_killed_ten_times_get_unavailable_and_go_on_
 
 
 @pytest.mark.timeout(60 + 60 * LENGTH)
-def test_no_request_is_executed_twice_or_lost_while_servers_come_and_go_under_load(tmp_path: Path) -> None:
+def test_no_request_is_executed_twice_or_lost_while_servers_restart_under_load(tmp_path: Path) -> None:
     """What a server that shuts down took in, it answers before it is gone."""
     ledger, moments = Ledger(tmp_path / "ledger"), random.Random(3)
     with serving(ledger.callback, host=HOST) as finder:

@@ -24,7 +24,7 @@ from grpc_batcher import MukoeBatcherClient
 
 @pytest.mark.parametrize("grace_s", [0, 60])
 @pytest.mark.parametrize("streams", [0, 1, 50])
-def test_a_shutdown_while_nothing_waits_returns_and_ends_the_streams(streams: int, grace_s: float) -> None:
+def test_a_shutdown_without_requests_ends_the_streams_and_returns(streams: int, grace_s: float) -> None:
     with Held() as held, serving(held, batch_size=64, batch_timeout_s=0.001) as batcher, connect(batcher) as client:
         held.release(float("inf"))
         begin = threading.Barrier(streams + 1)
@@ -42,7 +42,7 @@ def test_a_shutdown_while_nothing_waits_returns_and_ends_the_streams(streams: in
         assert error_of(client.send_request, b"after").code().name == "UNAVAILABLE"
 
 
-def test_a_shutdown_while_a_window_is_half_full_answers_what_waits_without_the_window(tmp_path: Path) -> None:
+def test_a_shutdown_answers_what_waits_without_waiting_for_the_window(tmp_path: Path) -> None:
     ledger, callers = Ledger(tmp_path / "ledger"), 10
     with serving(ledger.callback, batch_size=2 * callers, batch_timeout_s=1e6) as batcher, connect(batcher) as client:
         requests = [in_background(ledger.ask, client, f"caller/{number}") for number in range(callers)]
@@ -101,7 +101,7 @@ class SlowLink:
     tuple(int(part) for part in grpc.__version__.split(".")[:2]) < (1, 62),
     reason="older gRPC says that a reply is out before it is, and cuts it off as the server stops",
 )
-def test_a_shutdown_while_replies_are_on_their_way_lets_them_arrive() -> None:
+def test_replies_that_are_on_their_way_arrive_despite_a_shutdown() -> None:
     """It begins when the beginning of a long one has passed a slow link."""
     answer_bytes = 10_000_000
 
@@ -123,7 +123,7 @@ def test_a_shutdown_while_replies_are_on_their_way_lets_them_arrive() -> None:
 
 @pytest.mark.timeout(60 + 30 * LENGTH)
 @pytest.mark.parametrize("grace_s", [0, 60])
-def test_a_shutdown_at_any_moment_under_load_leaves_each_request_answered_or_unavailable(
+def test_after_a_shutdown_under_load_each_request_is_answered_or_unavailable(
     grace_s: float, tmp_path: Path
 ) -> None:
     """Callers with a stream, new ones, and such whose time is short. Within the grace, what was seen is answered."""
@@ -159,7 +159,7 @@ def test_a_shutdown_at_any_moment_under_load_leaves_each_request_answered_or_una
         assert {name for name in seen - set(account.answered) if not name.startswith("hurries")} == set()
 
 
-def test_behind_a_callback_that_never_returns_the_queue_is_bounded_and_a_shutdown_says_what_it_left(
+def test_behind_a_stuck_callback_the_queue_is_bounded_and_a_shutdown_says_what_it_left(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     callers, places = 60, 10
@@ -228,5 +228,5 @@ INTERRUPTED_DRAIN_PROGRAM = """
 """
 
 
-def test_a_shutdown_that_a_signal_handlers_exception_breaks_off_stops_the_server_all_the_same(tmp_path: Path) -> None:
+def test_a_shutdown_interrupted_by_an_exception_still_stops_the_server(tmp_path: Path) -> None:
     assert run_program(tmp_path, INTERRUPTED_DRAIN_PROGRAM) == ["UNAVAILABLE", "stopped"]

@@ -118,7 +118,7 @@ def test_a_refused_request_is_counted_once_and_not_as_taken_in(service: Service)
     assert counts(service) == {"INVALID_ARGUMENT": 2, "UNAVAILABLE": 1}
 
 
-def test_a_shutdown_between_a_requests_arrival_and_its_refusal_does_not_count_it_as_taken_in(service: Service) -> None:
+def test_a_request_refused_during_a_shutdown_is_not_counted_as_taken_in(service: Service) -> None:
     """The client may then send it again: it certainly never ran."""
     session = Session(service, NO_DEADLINE)
     stream = session.stream = RecordedStream()
@@ -139,7 +139,7 @@ def test_a_shutdown_between_a_requests_arrival_and_its_refusal_does_not_count_it
     assert counts(service) == {"UNAVAILABLE": 1}
 
 
-def test_a_bad_request_whose_caller_leaves_as_it_is_read_is_counted_once(
+def test_a_bad_request_whose_caller_leaves_meanwhile_is_counted_once(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = Session(service, NO_DEADLINE)
