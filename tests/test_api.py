@@ -1,4 +1,4 @@
-"""What the public names promise, over a real socket where a server takes part."""
+"""What the public names promise, over a real socket wherever a server is involved."""
 
 from __future__ import annotations
 
@@ -61,18 +61,6 @@ def has_ipv6() -> bool:
 # ---- names and signatures ----
 
 
-def test_the_package_exports_just_what_all_names() -> None:
-    public = {
-        name for name, value in vars(grpc_batcher).items() if not name.startswith("_") and not inspect.ismodule(value)
-    }
-    assert public | {"__version__"} == set(grpc_batcher.__all__)
-
-
-def test_the_modules_of_the_package_are_private_but_for_prometheus() -> None:
-    modules = {name for name, value in vars(grpc_batcher).items() if inspect.ismodule(value)}
-    assert {name for name in modules if not name.startswith("_")} <= {"prometheus"}  # which need not be imported here
-
-
 def test_the_version_begins_with_two_numbers() -> None:
     assert re.fullmatch(r"\d+\.\d+.*", grpc_batcher.__version__)
 
@@ -97,7 +85,7 @@ def test_the_error_tree_is_as_documented() -> None:
     assert issubclass(RequestError, grpc.RpcError)
 
 
-# ---- the reference's example ----
+# ---- the example of the reference ----
 
 
 def test_the_reference_example_gets_exactly_the_expected_answer() -> None:
@@ -173,6 +161,10 @@ def test_a_model_that_is_not_a_known_name_is_refused(model: Any) -> None:
         ("max_message_bytes", 2**31, "from 1 to"),
         ("max_queue_size", 0, "from 1 to"),
         ("max_queue_size", "many", "an int"),
+        ("max_queue_size", 7, "at least batch_size (8)"),
+        ("max_queue_bytes", 0, "from 1 to"),
+        ("max_queue_bytes", 1.5, "an int"),
+        ("max_queue_bytes", None, "an int"),
         ("max_streams", 0, "from 1 to"),
         ("host", "", "an address"),
         ("host", None, "an address"),
@@ -199,6 +191,21 @@ def test_a_missing_callback_is_refused() -> None:
         create_batcher("repr", 8, 0.001)
 
 
+@pytest.mark.parametrize(("batch_size", "capacity"), [(1, 8192), (4096, 8192), (4097, 8194), (2**20, 2**21)])
+def test_by_default_the_larger_of_8192_requests_and_two_batches_may_wait(batch_size: int, capacity: int) -> None:
+    assert new_batcher(batch_size=batch_size)._room.capacity == capacity
+    assert new_batcher(batch_size=batch_size, max_queue_size=None)._room.capacity == capacity
+
+
+def test_by_default_requests_of_a_gibibyte_may_wait() -> None:
+    assert new_batcher()._room.capacity_bytes == 2**30
+
+
+def test_the_limits_of_the_queue_may_be_as_low_as_one_batch_and_one_byte() -> None:
+    room = new_batcher(batch_size=8, max_queue_size=8, max_queue_bytes=1)._room
+    assert (room.capacity, room.capacity_bytes) == (8, 1)
+
+
 def test_numpy_numbers_are_accepted_as_arguments() -> None:
     with (
         create_batcher("repr", np.int64(2), np.float32(0), np.int32(0), np.int16(4), echo, host="127.0.0.1") as batcher,
@@ -221,7 +228,7 @@ def test_a_batcher_is_ready_once_start_returns() -> None:
 
 def test_a_batcher_can_be_started_only_once() -> None:
     with serving() as batcher, connect(batcher) as client:
-        with pytest.raises(RuntimeError, match="started already"):
+        with pytest.raises(RuntimeError, match="already started"):
             batcher.start()
         assert client.send_request(b"x") == answer(b"x")
 
@@ -472,7 +479,7 @@ def test_a_batcher_never_shares_a_port_with_a_plain_grpc_server() -> None:
         try:
             port = server.add_insecure_port(address_of(batcher))
         except RuntimeError:
-            port = 0  # which older releases return
+            port = 0  # what older releases return
         assert port == 0
         server.stop(None).wait()
 
@@ -498,7 +505,7 @@ def test_a_batcher_whose_port_was_in_use_can_be_started_once_it_is_free() -> Non
 def test_a_batcher_that_could_not_bind_may_be_shut_down() -> None:
     with serving() as first:
         second = new_batcher(port=first.port)
-        with pytest.raises(OSError, match="can not listen"):
+        with pytest.raises(OSError, match="cannot listen"):
             second.start()
         second.shutdown()
         with pytest.raises(RuntimeError, match="shut down"):
@@ -510,7 +517,7 @@ def test_an_address_of_another_machine_is_a_bind_error() -> None:
         new_batcher(host="192.0.2.1").start()
 
 
-# ---- what a batcher says of itself ----
+# ---- what a batcher says about itself ----
 
 
 def test_the_repr_of_a_batcher_says_what_it_serves_where_and_its_state() -> None:
@@ -537,8 +544,9 @@ def test_metrics_count_requests_by_outcome_and_batches_by_reason() -> None:
         requests = [in_callback(held, client, b"first")]
         requests += [waiting(batcher, client.send_request, data) for data in (b"second", b"third")]
         error_of(client.send_request, b"of the wrong kind", 3)
-        eventually(lambda: batcher.metrics().open_streams == 3)  # that of the refused request ends
+        eventually(lambda: batcher.metrics().open_streams == 3)  # the refused request's stream ends
         assert batcher.metrics().waiting == 2
+        assert batcher.metrics().waiting_bytes == (4 + len(b"second")) + (4 + len(b"third"))
         assert batcher.metrics().requests == {"INVALID_ARGUMENT": 1}
 
         held.release(2)
@@ -547,7 +555,8 @@ def test_metrics_count_requests_by_outcome_and_batches_by_reason() -> None:
         after = batcher.metrics()
         assert after.requests == {"OK": 3, "INVALID_ARGUMENT": 1}
         assert after.batches == {"full": 1, "everyone_in": 0, "timeout": 1, "drain": 0}
-        assert (after.batched_requests, after.mean_batch_size, after.waiting) == (3, 1.5, 0)
+        assert (after.batched_requests, after.mean_batch_size) == (3, 1.5)
+        assert (after.waiting, after.waiting_bytes) == (0, 0)
         client.close()
         eventually(lambda: batcher.metrics().open_streams == 0)
 
@@ -555,7 +564,7 @@ def test_metrics_count_requests_by_outcome_and_batches_by_reason() -> None:
 def test_batches_are_counted_under_drain_timeout_and_everyone_in() -> None:
     with Held() as held, serving(held, batch_timeout_s=1000.0) as batcher, connect(batcher) as client:
         held.release()
-        stranger = waiting(batcher, client.send_request, b"first")  # a first request waits out its window
+        stranger = waiting(batcher, client.send_request, b"first")  # a new caller's request waits for its window
         shutdown = in_background(batcher.shutdown, grace_s=60)
         assert stranger.result() == answer(b"first")
         shutdown.result()
@@ -563,10 +572,31 @@ def test_batches_are_counted_under_drain_timeout_and_everyone_in() -> None:
     with serving(batch_size=2, batch_timeout_s=0.01) as batcher, connect(batcher) as client:
         for data in (b"first", b"second"):
             client.send_request(data)
-        # Either the second came within a second of the first one's answer, or it waited alone.
+        # The second leaves early only if it came within a second of the first one's answer.
         batches = batcher.metrics().batches
         assert batches["timeout"] >= 1
         assert batches["timeout"] + batches["everyone_in"] == 2
+
+
+def test_without_leave_early_every_batch_that_is_not_full_waits_for_its_window() -> None:
+    with (
+        serving(batch_size=2, batch_timeout_s=0.01, leave_early=False) as batcher,
+        connect(batcher) as client,
+    ):
+        for number in range(10):
+            client.send_request(b"%d" % number)
+        assert batcher.metrics().batches == {"full": 0, "everyone_in": 0, "timeout": 10, "drain": 0}
+
+
+def test_without_leave_early_a_full_batch_still_leaves_at_once() -> None:
+    with (
+        serving(batch_size=2, batch_timeout_s=1000.0, leave_early=False) as batcher,
+        connect(batcher) as client,
+    ):
+        for _ in range(3):
+            for request in [in_background(client.send_request, b"x") for _ in range(2)]:
+                assert request.result() == answer(b"x")
+        assert batcher.metrics().batches == {"full": 3, "everyone_in": 0, "timeout": 0, "drain": 0}
 
 
 def test_metrics_are_immutable() -> None:
@@ -586,7 +616,7 @@ def test_metrics_are_immutable() -> None:
 
 def test_the_mean_durations_of_the_stages_fit_into_the_whole() -> None:
     with serving(batch_size=2, batch_timeout_s=0.02) as batcher, connect(batcher) as client:
-        client.send_request(b"a first request waits out the window")
+        client.send_request(b"waits for its window, as a new caller's request does")
         metrics = batcher.metrics()
         assert metrics.mean_waiting_ms is not None
         assert metrics.mean_callback_ms is not None
@@ -747,7 +777,7 @@ def test_a_huge_time_limit_does_not_affect_other_time_limits() -> None:
     with Held() as held, serving(held) as batcher, connect(batcher) as client, connect(batcher) as another:
         long = in_callback(held, client, b"long", timeout_s=1e10)
         for _ in range(2):
-            # One that ends before its limit, and then, when that is past, one that does not.
+            # One request that ends before its time limit, then one that does not.
             error_of(client.send_request, b"of the wrong kind", 3, timeout_s=0.05)
             for sender in (another, client):
                 error = error_of(sender.send_request, b"short", timeout_s=0.1)
@@ -770,6 +800,6 @@ def test_a_bad_max_message_bytes_is_refused_by_a_client(limit: Any) -> None:
 
 @pytest.mark.parametrize("arguments", [{"credentials": "x"}, {"interceptors": [grpc.ServerInterceptor]}])
 def test_credentials_and_interceptors_of_the_wrong_type_are_refused(arguments: Any) -> None:
-    """A class in place of its instance would start, and fail every request."""
+    """A class instead of its instance would otherwise start, and then fail every request."""
     with pytest.raises(TypeError, match=next(iter(arguments))):
         create_batcher("repr", 1, 0, 0, batch_process_fn=echo, **arguments)

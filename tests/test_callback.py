@@ -1,4 +1,4 @@
-"""What callbacks may do with their list and their results, beside what `test_outcomes.py` shows over a socket."""
+"""What callbacks may do with their list and their results. More over a socket: `test_outcomes.py`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from serving import answer, connect, echo, error_of, eventually, in_background, serving
 
+from grpc_batcher._models import Answer
 from grpc_batcher._server.callback import Failure, outcomes_of
 from grpc_batcher._server.delivery import Delivery
-from grpc_batcher._models import Answer
 
 
 def consumed(requests: list[Any]) -> list[Any]:
@@ -55,7 +55,7 @@ def test_a_sequence_that_yields_more_than_its_length_fails_the_batch() -> None:
             return {}, 0
 
     (outcome,) = outcomes_of(lambda requests: Liar(), [b"a"])
-    assert outcome == Failure("the callback must return one result per request; its Liar has 3")
+    assert outcome == Failure("the callback must return one result per request; its Liar holds 3")
 
 
 def test_numpys_bytes_and_str_are_accepted_as_bytes_and_str() -> None:
@@ -67,7 +67,7 @@ def test_numpys_bytes_and_str_are_accepted_as_bytes_and_str() -> None:
 
 
 def test_replies_are_sent_even_if_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With more callers than a batch holds, the replies are for the second thread."""
+    """With more callers than a batch holds, a second thread would send the replies."""
     started = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
@@ -97,12 +97,9 @@ def test_a_reply_that_cannot_be_sent_does_not_stop_the_others() -> None:
         def __init__(self, fails: bool) -> None:
             self.fails = fails
             self.delivered = False
+            self.stream = object()
 
-        @property
-        def transport(self) -> Owner:
-            return self
-
-        def send_reply(self, ticket: Any) -> None:
+        def deliver(self, ticket: Any) -> None:
             if self.fails:
                 raise ValueError("broken")
             self.delivered = True
@@ -117,17 +114,17 @@ def test_a_reply_that_cannot_be_sent_does_not_stop_the_others() -> None:
 
 
 def test_a_callback_that_calls_its_own_batcher_times_out_and_blocks_nothing() -> None:
-    """It runs alone, so nobody can answer it before it returns."""
+    """Batches run one at a time, so its own request is not answered before it returns."""
     codes = []
 
-    def ask_the_batcher_itself(requests: list[bytes]) -> Any:
+    def call_its_own_batcher(requests: list[bytes]) -> Any:
         if b"outer" in requests:
             for _ in range(3):
                 codes.append(error_of(inner_client.send_request, b"inner", timeout_s=0.05).code())
-                eventually(lambda: batcher.metrics().waiting == 0)  # the server has heard of it, too
+                eventually(lambda: batcher.metrics().waiting == 0)  # the server has noticed, too
         return echo(requests)
 
-    with serving(ask_the_batcher_itself) as batcher, connect(batcher) as client, connect(batcher) as inner_client:
+    with serving(call_its_own_batcher) as batcher, connect(batcher) as client, connect(batcher) as inner_client:
         for _ in range(2):
             assert client.send_request(b"outer") == answer(b"outer")
             assert inner_client.send_request(b"after") == answer(b"after")
@@ -146,16 +143,16 @@ def test_a_callback_may_call_another_batcher() -> None:
             assert [request.result() for request in asked] == [answer(b"%d" % number) for number in range(20)]
 
 
-class LeavesThroughItems(dict[str, bytes]):
+class ExitsWhenRead(dict[str, bytes]):
     def items(self) -> Any:
         raise SystemExit("from a result")
 
 
 def test_a_result_that_raises_system_exit_when_read_fails_only_its_own_request() -> None:
-    def some_leave(requests: list[bytes]) -> Any:
-        return [(LeavesThroughItems() if data == b"bad" else {"result": data}, 0) for data in requests]
+    def some_exit(requests: list[bytes]) -> Any:
+        return [(ExitsWhenRead() if data == b"bad" else {"result": data}, 0) for data in requests]
 
-    with serving(some_leave) as batcher, connect(batcher) as client:
+    with serving(some_exit) as batcher, connect(batcher) as client:
         error = error_of(client.send_request, b"bad")
         assert error.code() is grpc.StatusCode.INTERNAL
         assert "SystemExit: from a result" in error.details()
