@@ -1,4 +1,4 @@
-"""The command line, as a user has it: processes, their lines and their status."""
+"""The command line as a user sees it: processes, what they print, and their exit status."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from serving import (
 )
 
 from grpc_batcher import MukoeBatcherClient, create_batcher
-from grpc_batcher._cli import command as _cli
+from grpc_batcher._cli.command import command as grpc_batcher_command
 from grpc_batcher._cli.report import Point, knee
 
 SERVE = ("--batch-size", "4", "--batch-timeout-s", "0", "--host", "127.0.0.1", "--port", "0")
@@ -63,7 +63,7 @@ def echo_action(requests):
 
 
 def hold(requests):
-    "Wait until the file `released` is there."
+    "Wait until the file `released` exists."
     while not pathlib.Path("released").exists():
         time.sleep(0.002)
     return echo(requests)
@@ -83,7 +83,7 @@ token = Token()
 
 
 def write_modules(folder: Path) -> None:
-    """Modules to serve from, and some that can not be."""
+    """Write modules that can be served, and some that cannot."""
     (folder / "functions.py").write_text(FUNCTIONS)
     (folder / "broken.py").write_text("import nosuchmodule")
     (folder / "exits.py").write_text("raise SystemExit('two\\nlines')")
@@ -91,7 +91,7 @@ def write_modules(folder: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with the modules."""
+    """A folder that contains the modules."""
     write_modules(tmp_path)
     return tmp_path
 
@@ -120,7 +120,7 @@ def start(
 
 
 def run(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> tuple[int, str, str]:
-    """Run the command line to its end; its status, and what it wrote to stdout and stderr."""
+    """Run the command line; return its status, stdout and stderr."""
     with start(folder, *arguments, environment=environment) as program:
         return finish_program(program)
 
@@ -129,12 +129,12 @@ def run(folder: Path, *arguments: str, environment: dict[str, str] | None = None
 def command_serving(
     folder: Path, *arguments: str, environment: dict[str, str] | None = None, status: int = 0
 ) -> Iterator[tuple[Program, str]]:
-    """A server that `serve` started, and its address; SIGTERM ends it, with this status."""
+    """Run `serve`. Yields the program and its address; SIGTERM must then end it with this status."""
     with start(folder, "serve", *arguments, environment=environment) as program:
         line = program.read_line()
         said = re.fullmatch(r"serving '\w+' on (.+)", line)
         if not said:
-            raise AssertionError(f"it wrote {line!r}: {finish_program(program)}")
+            raise AssertionError(f"it printed {line!r}: {finish_program(program)}")
         yield program, said[1]
         if program.poll() is None:
             program.send_signal(signal.SIGTERM)
@@ -150,7 +150,7 @@ def taken_port() -> Iterator[int]:
 
 
 def free_port() -> int:
-    """A port on which nobody listens; the socket that had it is closed."""
+    """Return a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -158,7 +158,7 @@ def free_port() -> int:
 
 # ---- help ----
 
-COMMANDS = {command.name: command for command in _cli.command.commands.values()}
+COMMANDS = {command.name: command for command in grpc_batcher_command.commands.values()}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -182,12 +182,14 @@ def test_the_help_of_a_command_describes_each_option_and_names_its_variable(
 
 
 def test_serve_has_an_option_for_every_parameter_of_create_batcher_with_its_default() -> None:
-    parameters = dict(inspect.signature(create_batcher).parameters)
     options = {option.name: option for option in COMMANDS["serve"].params}
+    required = {"functions:echo", "--model=repr", "--batch-size=1", "--batch-timeout-s=0"}
+    parsed = COMMANDS["serve"].make_context("serve", sorted(required, reverse=True)).params
     given_otherwise = {"num_threads", "batch_process_fn", "credentials", "interceptors", "health"}
-    for name in set(parameters) - given_otherwise:
-        assert options[name].required == (parameters[name].default is inspect.Parameter.empty)
-        assert options[name].required or options[name].default == parameters[name].default
+    for name, parameter in inspect.signature(create_batcher).parameters.items():
+        if name not in given_otherwise:
+            assert options[name].required == (parameter.default is inspect.Parameter.empty), name
+            assert options[name].required or parsed[name] == parameter.default, name
     assert "health" in options
 
 
@@ -211,7 +213,7 @@ def test_the_installed_script_finds_functions_in_the_current_folder(
 ) -> None:
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     ((module, function),) = re.findall(r'^grpc-batcher = "([\w.]+):(\w+)"$', text, re.MULTILINE)
-    script = tmp_path_factory.mktemp("bin") / "grpc-batcher"  # as pip makes it
+    script = tmp_path_factory.mktemp("bin") / "grpc-batcher"  # like the one that pip installs
     script.write_text(
         f"import sys\nfrom {module} import {function}\nif __name__ == '__main__':\n    sys.exit({function}())"
     )
@@ -240,60 +242,62 @@ ERRORS = [
     (["serve", "functions:echo", "--model", "zzz"], "'zzz'"),
     (["serve", *REPR, "--nosuch"], "--nosuch"),
     (["serve", "functions", *REPR[1:]], "'functions' is not of the form package.module:object"),
-    (["serve", "nosuchmodule:f", *REPR[1:]], "can not import 'nosuchmodule': ModuleNotFoundError"),
-    (["serve", "broken:f", *REPR[1:]], "can not import 'broken': ModuleNotFoundError: No module named 'nosuchmodule'"),
-    (["serve", "exits:f", *REPR[1:]], "can not import 'exits': SystemExit: two lines"),
+    (["serve", "nosuchmodule:f", *REPR[1:]], "cannot import 'nosuchmodule': ModuleNotFoundError"),
+    (["serve", "broken:f", *REPR[1:]], "cannot import 'broken': ModuleNotFoundError: No module named 'nosuchmodule'"),
+    (["serve", "exits:f", *REPR[1:]], "cannot import 'exits': SystemExit: two lines"),
     (["serve", "functions:nosuch", *REPR[1:]], "'functions' has no 'nosuch'"),
-    (["serve", "functions:number", *REPR[1:]], "'functions:number' is 3, which can not be called"),
+    (["serve", "functions:number", *REPR[1:]], "'functions:number' is 3, which is not callable"),
     (["serve", *REPR, "--batch-size", "0"], "--batch-size is 0; it must be an int from 1"),
+    (["serve", *REPR, "--max-queue-size", "3"], "--max-queue-size is 3; it must be at least batch_size (4)"),
+    (["serve", *REPR, "--max-queue-bytes", "0"], "--max-queue-bytes is 0; it must be an int from 1"),
     (["serve", *REPR, "--batch-timeout-s", "nan"], "--batch-timeout-s is nan; it must be a number of seconds"),
-    (["serve", *REPR, "--grace-s", "inf"], "'inf' is no number of seconds"),
-    (["serve", *REPR, "--host", "nosuch.invalid"], "can not listen on nosuch.invalid:0"),
-    (["serve", *REPR, "--host", "unix:/nosuch/socket"], "can not listen on unix:/nosuch/socket"),
+    (["serve", *REPR, "--grace-s", "inf"], "'inf' is not a number of seconds from 0 to"),
+    (["serve", *REPR, "--host", "nosuch.invalid"], "cannot listen on nosuch.invalid:0"),
+    (["serve", *REPR, "--host", "unix:/nosuch/socket"], "cannot listen on unix:/nosuch/socket: the folder /nosuch does not exist"),
     (["serve", *REPR, "--interceptor", "functions:echo"], "'functions:echo' is <function echo"),
     (["serve", *REPR, "--tls-cert", "nosuch.pem"], "File 'nosuch.pem' does not exist"),
     (["serve", *REPR, "--tls-key", "broken.py"], "--tls-cert and --tls-key go together"),
-    (["serve", *REPR, "--tls-cert", "broken.py", "--tls-key", "broken.py"], "--tls-cert broken.py: no PEM cert"),
+    (["serve", *REPR, "--tls-cert", "broken.py", "--tls-key", "broken.py"], "--tls-cert broken.py: it contains no readable PEM cert"),
     (["serve", *REPR, "--tls-client-ca", "broken.py"], "--tls-client-ca needs --tls-cert"),
-    (["serve", *REPR, "--port", "50999", "--metrics-port", "50999"], "--metrics-port 50999 is --port, too"),
+    (["serve", *REPR, "--port", "50999", "--metrics-port", "50999"], "--metrics-port and --port are both 50999; they must differ"),
     (["bench", "localhost"], "'localhost' has no port"),
     (["bench", "localhost:65537"], "'localhost:65537' has a port above 65535"),
     (["check", "localhost:1", "--metadata", "a b=x"], "the key 'a b'"),
-    (["check", "localhost:1", "--metadata", "a-bin=x"], "a str for 'a-bin'; such a key takes bytes"),
+    (["check", "localhost:1", "--metadata", "a-bin=x"], "a str for 'a-bin'; '-bin' keys take bytes"),
     (["bench", "nosuch.invalid:1"], "'nosuch.invalid:1' does not resolve"),
-    (["bench", "localhost:1", "--callers", "1,0"], "'1,0' is no list of numbers above 0"),
-    (["bench", "localhost:1", "--callers", "few"], "'few' is no list of numbers above 0"),
-    (["bench", "localhost:1", "--duration-s", "0"], "'0' is no number of seconds above 0"),
-    (["bench", "localhost:1", "--metadata", "sesame"], "what was given is not of the form key=value"),
+    (["bench", "localhost:1", "--callers", "1,0"], "'1,0' is not a list of numbers above 0"),
+    (["bench", "localhost:1", "--callers", "few"], "'few' is not a list of numbers above 0"),
+    (["bench", "localhost:1", "--duration-s", "0"], "'0' is not a number of seconds above 0"),
+    (["bench", "localhost:1", "--metadata", "sesame"], "the value is not of the form key=value"),
     (["bench", "localhost:1", "--action", "9999999999"], "9999999999"),
     (["bench", "localhost:1", "--payload-file", "nosuch"], "'nosuch' does not exist"),
-    (["bench", "localhost:1", "--json", "nosuch/a.json"], "--json nosuch/a.json: there is no folder nosuch"),
-    (["bench", "localhost:1", "--picture", "a.txt"], "--picture a.txt: its name must end in one of"),
-    (["bench", "localhost:1", "--tls-ca", "broken.py"], "--tls-ca broken.py: no PEM certificates"),
+    (["bench", "localhost:1", "--json", "nosuch/a.json"], "--json nosuch/a.json: the folder nosuch does not exist"),
+    (["bench", "localhost:1", "--picture", "a.txt"], "--picture a.txt: its name must end with one of"),
+    (["bench", "localhost:1", "--tls-ca", "broken.py"], "--tls-ca broken.py: it contains no readable PEM certificates"),
     (["check", "localhost"], "'localhost' has no port"),
     (["check", "nosuch.invalid:1"], "'nosuch.invalid:1' does not resolve"),
-    (["check", "localhost:1", "--timeout-s", "-1"], "'-1' is no number of seconds above 0"),
+    (["check", "localhost:1", "--timeout-s", "-1"], "'-1' is not a number of seconds above 0"),
     (["check", "localhost:1", "--tls-cert", "broken.py"], "--tls-cert and --tls-key go together"),
 ]
 
 
-# All command lines of ERRORS in one process, or most of the time would go into importing gRPC. A mark on stderr parts
-# what they wrote there, also what came past Python.
+# Runs all command lines of ERRORS in one process, because importing gRPC takes most of the time. Marks on stderr separate
+# what each wrote there, including what did not go through Python.
 RUN_ALL = """\
 import json, sys
 
-from grpc_batcher._cli import command as _cli
+from grpc_batcher._cli import command
 
 sys.stderr.reconfigure(line_buffering=True)
 for arguments in json.load(sys.stdin):
-    print(_cli.run(arguments), flush=True)
+    print(command.run(arguments), flush=True)
     print("MARK", file=sys.stderr)
 """
 
 
 @pytest.fixture(scope="module")
 def error_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
-    """The status and the lines on stderr of each command line of ERRORS."""
+    """The status of each command line of ERRORS, and what it wrote to stderr."""
     folder = tmp_path_factory.mktemp("errors")
     write_modules(folder)
     with start_program(folder, RUN_ALL) as program:
@@ -310,14 +314,14 @@ def test_a_failure_prints_one_line_and_exits_with_2(
     status, errors = error_results[arguments]
     assert status == "2"
     assert message in errors
-    assert re.fullmatch(r"grpc-batcher.*: .+\n", errors)  # one line: the dot takes no other end
+    assert re.fullmatch(r"grpc-batcher.*: .+\n", errors)  # one line: a dot matches no newline
 
 
 def test_serve_prints_one_line_and_exits_with_2_if_its_port_is_in_use(folder: Path) -> None:
     with taken_port() as port:
         status, output, errors = run(folder, "serve", *REPR, "--port", str(port))
     assert (status, output) == (2, "")
-    assert re.fullmatch(rf"grpc-batcher serve: can not listen on 127.0.0.1:{port}: .+ in use\n", errors)
+    assert re.fullmatch(rf"grpc-batcher serve: cannot listen on 127.0.0.1:{port}: .+ in use\n", errors)
 
 
 def test_serve_prints_one_line_and_exits_with_2_if_its_metrics_port_is_in_use(folder: Path) -> None:
@@ -325,14 +329,14 @@ def test_serve_prints_one_line_and_exits_with_2_if_its_metrics_port_is_in_use(fo
         arguments = ("serve", *REPR, "--metrics-host", "127.0.0.1", "--metrics-port", str(port))
         status, output, errors = run(folder, *arguments)
     assert (status, output) == (2, "")
-    assert re.fullmatch(rf"grpc-batcher serve: --metrics-port: can not listen on 127.0.0.1:{port}: .+ in use\n", errors)
+    assert re.fullmatch(rf"grpc-batcher serve: --metrics-port: cannot listen on 127.0.0.1:{port}: .+ in use\n", errors)
 
 
 def test_bench_prints_one_line_and_exits_with_2_if_there_is_no_server(folder: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     status, output, errors = run(folder, "bench", address)
     assert (status, output) == (2, "")
-    assert re.fullmatch(rf"grpc-batcher bench: {address} gave no answer: UNAVAILABLE: .+\n", errors)
+    assert re.fullmatch(rf"grpc-batcher bench: {address} did not answer: UNAVAILABLE: .+\n", errors)
 
 
 def test_log_level_debug_shows_where_an_import_failed(folder: Path) -> None:
@@ -419,7 +423,7 @@ def test_options_may_come_from_the_environment_and_the_command_line_wins(folder:
 def test_a_bad_value_in_the_environment_is_reported_like_a_bad_option(folder: Path) -> None:
     status, _, errors = run(folder, "serve", *REPR, environment={"GRPC_BATCHER_SERVE_GRACE_S": "soon"})
     assert status == 2
-    assert re.fullmatch(r"grpc-batcher serve: .*'--grace-s'.*'soon' is no number of seconds.*\n", errors)
+    assert re.fullmatch(r"grpc-batcher serve: .*'--grace-s'.*'soon' is not a number of seconds.*\n", errors)
 
 
 def test_an_interceptor_decides_who_is_served(folder: Path) -> None:
@@ -434,7 +438,7 @@ def test_an_interceptor_decides_who_is_served(folder: Path) -> None:
 
 
 def metrics_of(url: str) -> dict[str, float]:
-    """The samples of a scrape by their name, those of all labels together."""
+    """Return the samples of a scrape by name, added up over all labels."""
     with urllib.request.urlopen(url) as response:
         lines = [line for line in response.read().decode().splitlines() if line and line[0] != "#"]
     samples: Counter[str] = Counter()
@@ -444,11 +448,11 @@ def metrics_of(url: str) -> dict[str, float]:
     return dict(samples)
 
 
-METRICS = ("--metrics-host", "127.0.0.1", "--metrics-port", "0")
+METRICS = ("--metrics-port", "0")
 
 
 def serving_lines(program: Program) -> tuple[str, str]:
-    """Where the metrics and the server of a `serve` with METRICS are."""
+    """Return the URL of the metrics and the address of a `serve` with METRICS."""
     first, second = program.read_line(), program.read_line()
     url = re.fullmatch(r"metrics on (http://127\.0\.0\.1:\d+/metrics)", first)
     address = re.fullmatch(r"serving 'repr' on (.+)", second)
@@ -490,7 +494,7 @@ def test_requests_left_when_the_grace_period_ends_get_unavailable_and_serve_exit
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         status, _, errors = finish_program(program)
     assert status == 0
-    assert "grace of 0.1 s: 1 requests are left without an answer" in errors
+    assert "shutdown after a grace period of 0.1 s left 1 requests unanswered" in errors
 
 
 def test_a_scrape_of_serve_shows_the_batchers_counts_and_the_processs(folder: Path) -> None:
@@ -506,12 +510,71 @@ def test_a_scrape_of_serve_shows_the_batchers_counts_and_the_processs(folder: Pa
         assert finish_program(program)[0] == 0
 
 
+def listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "others"),
+    [
+        (("--host", "127.0.0.1"), False),
+        (("--host", "0.0.0.0"), True),
+        (("--host", "0.0.0.0", "--metrics-host", "127.0.0.1"), False),
+        (("--host", "unix:socket"), False),
+    ],
+    ids=["one address", "every address", "an address of their own", "a unix socket"],
+)
+def test_the_metrics_are_served_on_the_host_of_the_server_or_on_their_own(
+    arguments: tuple[str, ...], others: bool, folder: Path
+) -> None:
+    """Other machines must not reach the metrics of a server that listens on 127.0.0.1."""
+    with start(folder, "serve", *REPR, *METRICS, *arguments) as program:
+        shown = re.fullmatch(r"metrics on http://(.+):(\d+)/metrics", program.read_line())
+        assert shown
+        assert program.read_line().startswith("serving")
+        port = int(shown[2])
+        assert shown[1] == ("0.0.0.0" if others else "127.0.0.1")
+        assert listens("127.0.0.1", port)
+        assert listens("127.0.0.2", port) is others
+        program.send_signal(signal.SIGTERM)
+        assert finish_program(program)[0] == 0
+
+
+def test_serve_bounds_the_queue_by_bytes(folder: Path) -> None:
+    with command_serving(folder, *REPR, "--max-queue-bytes", "100") as (_, address):
+        with MukoeBatcherClient(address) as client:
+            assert client.send_request(bytes(96)) == ({"result": bytes(96)}, 0)
+            error = error_of(client.send_request, bytes(97))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "max_queue_bytes" in error.details()
+
+
+def test_serve_with_no_leave_early_waits_for_every_window(folder: Path) -> None:
+    arguments = (*REPR, "--batch-timeout-s", "0.01", "--no-leave-early", *METRICS)
+    with start(folder, "serve", *arguments) as program:
+        url, address = serving_lines(program)
+        with MukoeBatcherClient(address) as client:
+            for _ in range(5):
+                client.send_request(b"hi")
+        with urllib.request.urlopen(url) as response:
+            scrape = response.read().decode()
+        assert re.findall(r'^grpc_batcher_batches_total\{.*reason="(\w+)"\} ([1-9].*)$', scrape, re.M) == [
+            ("timeout", "5.0")
+        ]
+        program.send_signal(signal.SIGTERM)
+        assert finish_program(program)[0] == 0
+
+
 # ---- TLS ----
 
 
 @pytest.fixture(scope="module")
 def pem(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Files in PEM: of an authority, of a server called batcher.test, of a caller, and of a stranger."""
+    """PEM files of an authority, a server called batcher.test, a caller, and a stranger."""
     folder = tmp_path_factory.mktemp("pem")
     authority = trustme.CA()
     authority.cert_pem.write_to_path(folder / "ca")
@@ -546,7 +609,7 @@ def test_a_key_that_does_not_match_its_certificate_is_reported_before_anything_s
     )
     assert (status, output) == (2, "")
     assert errors == (
-        f"grpc-batcher serve: --tls-key {pem['caller-key']}: it is not the key of --tls-cert {pem['server-cert']}\n"
+        f"grpc-batcher serve: --tls-key {pem['caller-key']}: it does not match --tls-cert {pem['server-cert']}\n"
     )
 
 
@@ -554,7 +617,7 @@ def test_a_file_that_is_not_a_key_is_reported_before_anything_starts(folder: Pat
     status, output, errors = run(folder, "serve", *REPR, "--tls-cert", pem["server-cert"], "--tls-key", pem["ca"])
     assert (status, output) == (2, "")
     assert re.fullmatch(
-        rf"grpc-batcher serve: --tls-key {pem['ca']}: no plain PEM private key can be read .+\n", errors
+        rf"grpc-batcher serve: --tls-key {pem['ca']}: it contains no readable, unencrypted PEM private key: .+\n", errors
     )
 
 
@@ -563,7 +626,7 @@ def test_a_file_that_is_not_a_key_is_reported_before_anything_starts(folder: Pat
 
 @contextmanager
 def health_server(status: str) -> Iterator[str]:
-    """A server in plain grpcio whose health service says this of the service "model"."""
+    """Run a plain grpcio server whose health service gives this status for the service "model"."""
     servicer = health.HealthServicer()
     servicer.set("model", health_pb2.HealthCheckResponse.ServingStatus.Value(status))
     with ThreadPoolExecutor(2) as threads:
@@ -625,7 +688,7 @@ def test_the_report_of_bench_agrees_with_the_servers_own_counts(folder: Path) ->
     assert record["requests_ahead"] + sum(point["sent"] for point in points) == counts["OK"]
     assert dict(counts) == {"OK": counts["OK"]}
     for point in points:
-        assert 0 < point["answers"] < point["sent"]  # those of the warm-up do not count
+        assert 0 < point["answers"] < point["sent"]  # the warm-up does not count
         assert point["requests_per_s"] == pytest.approx(point["answers"] / record["duration_s"])
         assert 0 < point["p50_ms"] <= point["p90_ms"] <= point["p99_ms"]
         assert (point["errors"], point["silent_callers"]) == ({}, 0)
@@ -687,12 +750,12 @@ def test_bench_shows_its_progress_only_on_a_terminal(folder: Path) -> None:
     assert status == 0
     assert "2 callers: warming up" in shown
     assert re.search(r"2 callers: 0\.\d of 0\.2 s, \d+ answers", shown)
-    assert shown.endswith("\r\x1b[K")  # it leaves nothing behind
+    assert shown.endswith("\r\x1b[K")  # the line is cleared at the end
     assert "\x1b" not in output
 
 
 def callers_of(program: Program) -> list[int]:
-    """The processes of callers that a bench has, which run."""
+    """Return the running processes of a bench's callers."""
     children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
     return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
@@ -760,11 +823,11 @@ SLOW_MODULE = """
 
 
 def test_sigterm_ends_serve_while_it_loads_its_module(folder: Path) -> None:
-    """As process 1 of a container, too, for which the signal has no default."""
+    """Even as process 1 of a container, for which the signal has no default action."""
     (folder / "slow.py").write_text(textwrap.dedent(SLOW_MODULE))
     with start(folder, "serve", "slow:function", *REPR[1:]) as program:
         assert program.read_line() == "loading"
         caught = Path(f"/proc/{program.pid}/status").read_text().partition("SigCgt:")[2].split()[0]
-        assert int(caught, 16) & 1 << (signal.SIGTERM - 1)  # process 1 gets no other signals
+        assert int(caught, 16) & 1 << (signal.SIGTERM - 1)  # process 1 gets only signals it has a handler for
         program.send_signal(signal.SIGTERM)
         assert finish_program(program)[0] == 128 + signal.SIGTERM

@@ -1,4 +1,4 @@
-"""How a client keeps its streams: over many threads, time limits, restarts of its server, and processes."""
+"""How a client keeps its streams: with many threads, time limits, restarts of its server, and other processes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from serving import (
 )
 
 from grpc_batcher import MukoeBatcherClient
-from grpc_batcher._client import stream_pool as _pool
-from grpc_batcher._server.session import TAKEN_IN_KEY
+from grpc_batcher._client import stream_pool
+from grpc_batcher._contract import TAKEN_IN_KEY
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
-# A "repr" request for b"hi", and the answer ({}, 0), as they travel.
+# The messages of a "repr" request for b"hi", and of the answer ({}, 0).
 REPR_HI = bytes.fromhex("0a040a026869")
 EMPTY_ANSWER = bytes.fromhex("0a00")
 
@@ -105,7 +105,7 @@ def test_two_clients_have_streams_of_their_own() -> None:
 
 
 def test_a_stream_that_was_idle_for_a_while_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pool, "IDLE_NS", 20_000_000)
+    monkeypatch.setattr(stream_pool, "IDLE_NS", 20_000_000)
     with serving() as batcher, connect(batcher) as client:
         for _ in range(3):
             assert client.send_request(b"x") == answer(b"x")
@@ -114,7 +114,7 @@ def test_a_stream_that_was_idle_for_a_while_is_closed(monkeypatch: pytest.Monkey
 
 
 def test_a_request_longer_than_the_idle_time_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pool, "IDLE_NS", 20_000_000)
+    monkeypatch.setattr(stream_pool, "IDLE_NS", 20_000_000)
     with Held() as held, serving(held) as batcher, connect(batcher) as client, connect(batcher) as other:
         held.release()
         assert other.send_request(b"then idle") == answer(b"then idle")
@@ -252,7 +252,7 @@ def test_a_reply_that_is_not_an_answer_is_an_error_and_the_client_stays_usable()
         assert client.send_request(b"x") == ({}, 0)
 
 
-# ---- a server that goes and comes back ----
+# ---- a server that goes away and comes back ----
 
 
 def test_the_first_request_after_a_restart_of_the_server_is_answered() -> None:
@@ -312,13 +312,13 @@ def test_all_threads_of_a_client_are_answered_after_a_restart() -> None:
             assert results.result() == [answer(b"%d of %d" % (number, caller)) for number in range(3)]
 
 
-# ---- what a client sends again ----
+# ---- what a client resends ----
 
 
 class PuppetServer:
-    """A server whose streams end as the test says. Each stream gets the next script: a list of what to do per request.
+    """A server whose streams end as the test says. Each stream follows the next script: one action per request.
 
-    received: how many requests came in on each stream.
+    received: how many requests arrived on each stream.
     """
 
     ANSWER = "answer"
@@ -567,7 +567,7 @@ FORKED_SERVER_PROGRAM = """
 
 
 def test_a_server_keeps_serving_when_its_process_forks_and_the_child_ends(tmp_path: Path) -> None:
-    # Without this gRPC tries to make the child fit for gRPC, which newer releases do not survive while a server runs.
+    # Otherwise gRPC prepares the child for gRPC, which newer releases do not survive while a server runs.
     environment = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
     with (
         start_program(tmp_path, FORKED_SERVER_PROGRAM, environment=environment) as program,
@@ -590,7 +590,7 @@ INTERRUPTED_PROGRAM = """
 
     from grpc_batcher import MukoeBatcherClient
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent process made of it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent process set
     client = MukoeBatcherClient(sys.argv[1])
     print(client.send_request(b"before"), flush=True)
     try:
@@ -645,7 +645,7 @@ SIGNALLED_PROGRAM = """
 
 
 def test_requests_interrupted_by_a_signal_handler_leave_no_streams_behind(tmp_path: Path) -> None:
-    """The signal's exception may come between gRPC's event and whoever waits for it."""
+    """The exception may be raised between gRPC's event and the code that waits for it."""
 
     def slow_echo(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
         time.sleep(0.03)  # longer than the program waits
@@ -656,18 +656,18 @@ def test_requests_interrupted_by_a_signal_handler_leave_no_streams_behind(tmp_pa
         start_program(tmp_path, SIGNALLED_PROGRAM, address_of(batcher)) as program,
     ):
         assert program.read_line() == f"{answer(b'after')}"
-        # One that comes just as a stream is lent or given back may leave that stream.
+        # An exception just as a stream is borrowed or given back may leave that stream open.
         eventually(lambda: batcher.metrics().open_streams <= 5)
         status, output, errors = finish_program(program)
         assert (status, output) == (0, ""), errors
 
 
 def test_a_request_whose_time_limit_no_thread_can_keep_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is it counted among those of its stream, or a later one might be sent twice."""
+    """Nor is it counted as one of its stream's requests, or a later one might be sent twice."""
     with serving() as batcher, connect(batcher) as client:
         client.send_request(b"first")
         with monkeypatch.context() as patch:
-            patch.setattr(_pool.StreamPool, "_can_keep_time", lambda pool: False)
+            patch.setattr(stream_pool.StreamPool, "_can_keep_time", lambda pool: False)
             with pytest.raises(RuntimeError, match="no thread"):
                 client.send_request(b"second", timeout_s=50)
         client.send_request(b"third")
@@ -680,7 +680,7 @@ def test_a_request_whose_time_limit_no_thread_can_keep_is_not_sent(monkeypatch: 
     [
         (("token-bin", "s3cr3t"), "'token-bin'.*bytes"),
         (("Token", "s3cr3t"), "the key 'Token'"),
-        (("token", "s3cr3t\n"), "'token' with other characters"),
+        (("token", "s3cr3t\n"), "'token' with characters other than printable ASCII"),
         (("token", 7), "a int for 'token'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A process that serves until it is told to stop: signals, grace, exit status, and what it writes."""
+"""A process that serves until a signal: the grace period, the exit status, and what it prints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def handlers() -> list[Any]:
     return [signal.getsignal(number) for number in SIGNALS]
 
 
-# The callback prints what it holds, and answers when a line comes in.
+# The callback prints what it holds, and answers when it reads a line.
 PROGRAM = """
     import signal
     import sys
@@ -52,11 +52,11 @@ PROGRAM = """
     batcher = create_batcher("repr", 1, 0, port=0, host="127.0.0.1", batch_process_fn=answer_on_a_line)
     if "start" in sys.argv:
         batcher.start()
-    def say_port():
+    def print_port():
         batcher.wait_until_ready()
         print(batcher.port, flush=True)
     import threading
-    threading.Thread(target=say_port).start()
+    threading.Thread(target=print_port).start()
     batcher.serve_forever(grace_s=1000)
     is_restored = signal.getsignal(signal.SIGTERM) is own_handler and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     print("over", batcher.is_server_ready(), is_restored, flush=True)
@@ -70,7 +70,7 @@ def test_on_a_signal_serve_forever_answers_what_was_taken_in_and_returns(number:
     with (
         start_program(tmp_path, PROGRAM, *arguments) as program,
         MukoeBatcherClient(f"127.0.0.1:{program.read_line()}") as client,
-        MukoeBatcherClient(client._address) as late,
+        MukoeBatcherClient(client._connection.address) as late,
     ):
         request = in_background(client.send_request, b"taken in")
         assert program.read_line() == "holds [b'taken in']"
@@ -83,7 +83,7 @@ def test_on_a_signal_serve_forever_answers_what_was_taken_in_and_returns(number:
 
 
 def is_refused(client: MukoeBatcherClient) -> bool:
-    """Whether the server takes no more requests. One that it still takes waits for a batch, and is then given up."""
+    """Whether the server refuses requests. One that it still accepts would wait, and is given up."""
     error = error_of(client.send_request, b"too late?", timeout_s=0.2)
     return error.code() is grpc.StatusCode.UNAVAILABLE
 
@@ -94,14 +94,14 @@ def test_a_second_signal_ends_the_process_even_if_the_callback_is_stuck(first: i
     with (
         start_program(tmp_path, PROGRAM) as program,
         MukoeBatcherClient(f"127.0.0.1:{program.read_line()}") as client,
-        MukoeBatcherClient(client._address) as late,
+        MukoeBatcherClient(client._connection.address) as late,
     ):
         request = in_background(client.send_request, b"never answered")
         program.read_line()
         program.send_signal(first)
         eventually(lambda: is_refused(late))
         program.send_signal(second)
-        program.wait()  # while its stdin is open, for which the callback waits
+        program.wait()  # its stdin stays open, and the callback waits for it
         status, output, errors = finish_program(program)
         assert (status, output, errors) == (128 + second, "", "")
         assert error_of(request.result).code() is grpc.StatusCode.UNAVAILABLE
