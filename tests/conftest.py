@@ -22,8 +22,8 @@ if threading.current_thread() is threading.main_thread():
 hypothesis.settings.register_profile("grpc_batcher", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("grpc_batcher")
 
-# Imports only the core: importing gRPC takes longer than a small script. faulthandler ends a script that hangs, even one
-# that holds the GIL.
+# Imports only the core: importing gRPC takes longer than a small script. faulthandler ends a script that hangs, even if
+# it holds the GIL.
 _CORE_SCRIPT_HEAD = f"""\
 import faulthandler, importlib.util
 faulthandler.dump_traceback_later(30, exit=True)

@@ -1,4 +1,4 @@
-"""Where a batcher listens and a client connects: unix sockets, several servers, and addresses that are not available."""
+"""Where a batcher listens and a client connects: unix sockets, several servers, and unavailable addresses."""
 
 from __future__ import annotations
 
@@ -273,9 +273,7 @@ SERVER_PROGRAM = """
 
 @pytest.mark.usefixtures("_long_lived_streams")
 @pytest.mark.parametrize("end", ["killed", "shut down"])
-def test_a_server_that_ends_costs_each_of_its_own_streams_at_most_one_error(
-    end: str, tmp_path: Path
-) -> None:
+def test_a_server_that_ends_costs_each_of_its_own_streams_at_most_one_error(end: str, tmp_path: Path) -> None:
     with (
         serving(answering_with(0)) as first,
         serving(answering_with(1)) as second,

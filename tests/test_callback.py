@@ -121,7 +121,7 @@ def test_a_callback_that_calls_its_own_batcher_times_out_and_blocks_nothing() ->
         if b"outer" in requests:
             for _ in range(3):
                 codes.append(error_of(inner_client.send_request, b"inner", timeout_s=0.05).code())
-                eventually(lambda: batcher.metrics().waiting == 0)  # the server has noticed, too
+                eventually(lambda: batcher.metrics().waiting == 0)  # the server has noticed as well
         return echo(requests)
 
     with serving(call_its_own_batcher) as batcher, connect(batcher) as client, connect(batcher) as inner_client:

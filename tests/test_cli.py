@@ -162,9 +162,7 @@ COMMANDS = {command.name: command for command in grpc_batcher_command.commands.v
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_of_a_command_describes_each_option_and_names_its_variable(
-    name: str, folder: Path
-) -> None:
+def test_the_help_of_a_command_describes_each_option_and_names_its_variable(name: str, folder: Path) -> None:
     status, output, errors = run(folder, name, "--help")
     assert (status, errors) == (0, "")
     said = "".join(output.split())
@@ -253,13 +251,22 @@ ERRORS = [
     (["serve", *REPR, "--batch-timeout-s", "nan"], "--batch-timeout-s is nan; it must be a number of seconds"),
     (["serve", *REPR, "--grace-s", "inf"], "'inf' is not a number of seconds from 0 to"),
     (["serve", *REPR, "--host", "nosuch.invalid"], "cannot listen on nosuch.invalid:0"),
-    (["serve", *REPR, "--host", "unix:/nosuch/socket"], "cannot listen on unix:/nosuch/socket: the folder /nosuch does not exist"),
+    (
+        ["serve", *REPR, "--host", "unix:/nosuch/socket"],
+        "cannot listen on unix:/nosuch/socket: the folder /nosuch does not exist",
+    ),
     (["serve", *REPR, "--interceptor", "functions:echo"], "'functions:echo' is <function echo"),
     (["serve", *REPR, "--tls-cert", "nosuch.pem"], "File 'nosuch.pem' does not exist"),
     (["serve", *REPR, "--tls-key", "broken.py"], "--tls-cert and --tls-key go together"),
-    (["serve", *REPR, "--tls-cert", "broken.py", "--tls-key", "broken.py"], "--tls-cert broken.py: it contains no readable PEM cert"),
+    (
+        ["serve", *REPR, "--tls-cert", "broken.py", "--tls-key", "broken.py"],
+        "--tls-cert broken.py: it contains no readable PEM cert",
+    ),
     (["serve", *REPR, "--tls-client-ca", "broken.py"], "--tls-client-ca needs --tls-cert"),
-    (["serve", *REPR, "--port", "50999", "--metrics-port", "50999"], "--metrics-port and --port are both 50999; they must differ"),
+    (
+        ["serve", *REPR, "--port", "50999", "--metrics-port", "50999"],
+        "--metrics-port and --port are both 50999; they must differ",
+    ),
     (["bench", "localhost"], "'localhost' has no port"),
     (["bench", "localhost:65537"], "'localhost:65537' has a port above 65535"),
     (["check", "localhost:1", "--metadata", "a b=x"], "the key 'a b'"),
@@ -281,8 +288,8 @@ ERRORS = [
 ]
 
 
-# Runs all command lines of ERRORS in one process, because importing gRPC takes most of the time. Marks on stderr separate
-# what each wrote there, including what did not go through Python.
+# Runs all command lines of ERRORS in one process, because importing gRPC takes most of the time. Marks on stderr
+# separate what each wrote there, including what did not go through Python.
 RUN_ALL = """\
 import json, sys
 
@@ -545,12 +552,12 @@ def test_the_metrics_are_served_on_the_host_of_the_server_or_on_their_own(
 
 
 def test_serve_bounds_the_queue_by_bytes(folder: Path) -> None:
-    with command_serving(folder, *REPR, "--max-queue-bytes", "100") as (_, address):
-        with MukoeBatcherClient(address) as client:
-            assert client.send_request(bytes(96)) == ({"result": bytes(96)}, 0)
-            error = error_of(client.send_request, bytes(97))
-            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert "max_queue_bytes" in error.details()
+    arguments = (*REPR, "--max-queue-bytes", "100")
+    with command_serving(folder, *arguments) as (_, address), MukoeBatcherClient(address) as client:
+        assert client.send_request(bytes(96)) == ({"result": bytes(96)}, 0)
+        error = error_of(client.send_request, bytes(97))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "max_queue_bytes" in error.details()
 
 
 def test_serve_with_no_leave_early_waits_for_every_window(folder: Path) -> None:
@@ -603,7 +610,9 @@ def test_over_tls_only_callers_with_a_certificate_of_the_right_authority_are_ser
             assert run(folder, "check", address, "--timeout-s", "2", *refused)[0] == 1
 
 
-def test_a_key_that_does_not_match_its_certificate_is_reported_before_anything_starts(folder: Path, pem: dict[str, str]) -> None:
+def test_a_key_that_does_not_match_its_certificate_is_reported_before_anything_starts(
+    folder: Path, pem: dict[str, str]
+) -> None:
     status, output, errors = run(
         folder, "serve", *REPR, "--tls-cert", pem["server-cert"], "--tls-key", pem["caller-key"]
     )
@@ -617,7 +626,8 @@ def test_a_file_that_is_not_a_key_is_reported_before_anything_starts(folder: Pat
     status, output, errors = run(folder, "serve", *REPR, "--tls-cert", pem["server-cert"], "--tls-key", pem["ca"])
     assert (status, output) == (2, "")
     assert re.fullmatch(
-        rf"grpc-batcher serve: --tls-key {pem['ca']}: it contains no readable, unencrypted PEM private key: .+\n", errors
+        rf"grpc-batcher serve: --tls-key {pem['ca']}: it contains no readable, unencrypted PEM private key: .+\n",
+        errors,
     )
 
 

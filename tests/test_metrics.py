@@ -24,7 +24,9 @@ def recorder(batch_size: int = 8, *, timed: bool = True) -> Recorder:
 
 
 def snapshot(of: Recorder) -> Any:
-    return of.snapshot(model="repr", batches={"full": 0}, batched_requests=0, waiting=0, waiting_bytes=0, open_streams=0)
+    return of.snapshot(
+        model="repr", batches={"full": 0}, batched_requests=0, waiting=0, waiting_bytes=0, open_streams=0
+    )
 
 
 # ---- percentiles ----

@@ -1,7 +1,7 @@
-"""A third kind of request is one message in the proto and one entry in `_models.py`, as docs/new-model.md says.
+"""A third kind of request takes one message in the proto and one entry in `_models.py`, as docs/new-model.md says.
 
-The test makes the two edits that the page shows, in a copy, generates the messages as `make proto` does, and runs the
-page's example.
+Makes the two edits that the page shows in a copy of the package, generates the messages as `make proto` does, and uses
+the new kind. `test_docs.py` runs the page's example without protoc.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def lines_of(diff: str, *marks: str) -> str:
 
 
 def make_edit(file: Path, diff: str) -> None:
-    """Make the edit that a diff block shows. Its unchanged lines stand in the file once, one after the other."""
+    """Make the edit that a diff block shows. Its unchanged lines must occur once in the file, in a row."""
     text, unchanged = file.read_text(), lines_of(diff, " ")
     assert text.count(unchanged) == 1
     file.write_text(text.replace(unchanged, lines_of(diff, " ", "+")))
@@ -43,8 +43,8 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def extended(tmp_path: Path) -> Path:
-    """A folder with a copy of the package that serves the page's kind, too."""
-    # Not imported here: what its older releases import warns, and is not there with newer setuptools.
+    """A folder with a copy of the package that also serves the page's kind."""
+    # Not imported here: its older releases import modules that warn, or that newer setuptools lacks.
     probe = python("-c", "from grpc_tools import protoc")
     if probe.returncode != 0:
         reason = probe.stderr.strip().splitlines()[-1]

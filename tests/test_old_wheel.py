@@ -1,4 +1,4 @@
-"""What the users of the C++ wheel have works on: their scripts, clients and servers, and the bytes between them."""
+"""Everything that users of the C++ wheel have keeps working: scripts, clients, servers, and the bytes between them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from grpc_batcher._proto.mukoe_batcher_pb2 import (
     Representations,
 )
 
-# ---- the users' script ----
+# ---- a user's script ----
 
 USER_SCRIPT = """
     import threading
@@ -134,7 +134,7 @@ def test_an_actor_that_starts_before_its_server_is_answered_afterwards(tmp_path:
     assert (status, output) == (0, f"{answer(b'hi')}\n"), errors
 
 
-# ---- the end of a program that never calls shutdown ----
+# ---- programs that never call shutdown ----
 
 EXIT_PROGRAM = """
     import sys
@@ -280,7 +280,7 @@ def test_ctrl_c_ends_a_server_program(tmp_path: Path) -> None:
     assert "KeyboardInterrupt" in errors
 
 
-# ---- clients of the old kind ----
+# ---- old clients ----
 
 REPR_HI = MukoeRequest(representations=Representations(data=b"hi")).SerializeToString()
 
@@ -325,7 +325,7 @@ def test_64_old_style_streams_fill_a_batch_of_64_despite_num_threads_16() -> Non
 
 
 def test_300_streams_of_one_connection_are_served_at_once() -> None:
-    # More than HTTP/2 peers often allow on one connection.
+    # HTTP/2 peers often allow no more than 100 on one connection.
     with Held() as held, serving(held, batch_size=300, num_threads=1) as batcher, connect(batcher) as client:
         plug = in_callback(held, client, b"in front")
         requests = [in_background(client.send_request, b"%d" % number) for number in range(300)]
@@ -368,11 +368,11 @@ def test_an_old_style_caller_that_cancels_leaves_nothing_behind() -> None:
         plug.result()
 
 
-# ---- servers of the old kind ----
+# ---- old servers ----
 
 
 def serve_as_the_old_wheel_does(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-    """Read a message, answer it, and read the next, for as long as the stream lives."""
+    """Read a message, answer it, and read the next, until the stream ends."""
     for message in messages:
         request = MukoeRequest.FromString(message)
         kind = request.WhichOneof("request_type")
@@ -416,7 +416,7 @@ def test_a_client_reuses_its_stream_to_an_old_style_server() -> None:
         assert len(streams) == 1
 
 
-# ---- the bytes between ----
+# ---- the bytes on the wire ----
 
 
 @pytest.mark.parametrize(
@@ -474,7 +474,7 @@ def test_a_server_sends_the_contracts_bytes(result: Any, wire: str) -> None:
 
 
 def test_an_answer_in_an_unusual_but_valid_form_is_read() -> None:
-    # Fields out of order, unknown ones, a key without its pair, and a result in two parts.
+    # Fields out of order, unknown fields, and a result in two parts.
     odd = [
         "0a 02 10 07 0a 08 0a 06 12 01 31 0a 01 61",
         "7a 01 21 0a 0d 10 07 0a 06 0a 01 61 12 01 31 7a 01 21",

@@ -164,7 +164,9 @@ class OwnBaseError(BaseException):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_callback_that_raises_fails_the_whole_batch_with_the_errors_type_and_text(error: BaseException, text: str) -> None:
+def test_a_callback_that_raises_fails_the_whole_batch_with_the_errors_type_and_text(
+    error: BaseException, text: str
+) -> None:
     outcomes = outcomes_of_batch(raising(error), b"a", b"bad", b"c")
     for outcome in outcomes:
         assert_error(outcome, INTERNAL, text)

@@ -65,7 +65,9 @@ PROGRAM = """
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("started", ["started before", "not started before"])
-def test_on_a_signal_serve_forever_answers_what_was_taken_in_and_returns(number: int, started: str, tmp_path: Path) -> None:
+def test_on_a_signal_serve_forever_answers_what_was_taken_in_and_returns(
+    number: int, started: str, tmp_path: Path
+) -> None:
     arguments = ("start",) if started == "started before" else ()
     with (
         start_program(tmp_path, PROGRAM, *arguments) as program,
@@ -90,7 +92,9 @@ def is_refused(client: MukoeBatcherClient) -> bool:
 
 @pytest.mark.parametrize("first", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("second", SIGNALS, ids=lambda number: number.name)
-def test_a_second_signal_ends_the_process_even_if_the_callback_is_stuck(first: int, second: int, tmp_path: Path) -> None:
+def test_a_second_signal_ends_the_process_even_if_the_callback_is_stuck(
+    first: int, second: int, tmp_path: Path
+) -> None:
     with (
         start_program(tmp_path, PROGRAM) as program,
         MukoeBatcherClient(f"127.0.0.1:{program.read_line()}") as client,

@@ -76,7 +76,9 @@ def taken_in(end: StreamEnd | None) -> str:
     """Return how many requests a status tells the client were taken in."""
     assert end is not None
     told: dict[str, str] = {}
-    context = SimpleNamespace(set_trailing_metadata=told.update, set_code=lambda code: None, set_details=lambda text: None)
+    context = SimpleNamespace(
+        set_trailing_metadata=told.update, set_code=lambda code: None, set_details=lambda text: None
+    )
     end.set_on(context)
     return told["grpc-batcher-taken-in"]
 

@@ -1,4 +1,4 @@
-"""gRPC's health and reflection beside a batcher, as probes and tools use them."""
+"""gRPC's health and reflection services, as probes and tools use them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Probe:
-    """What asks a server for its health."""
+    """Asks a server for its health."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._stub = health_pb2_grpc.HealthStub(channel)
@@ -214,7 +214,7 @@ def test_a_tool_without_the_proto_can_find_the_method_and_call_it() -> None:
         assert reply.result.step == 3
 
 
-# ---- where the packages are not installed ----
+# ---- if the packages are not installed ----
 
 ABSENT = """
     import sys

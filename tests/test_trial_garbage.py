@@ -1,4 +1,4 @@
-"""Peers that send garbage, announce what they never send, or take nothing: a clear end for them, nothing for others."""
+"""Peers that send garbage, announce what they never send, or read nothing: they get a clear end, and harm nobody."""
 
 from __future__ import annotations
 
@@ -35,16 +35,13 @@ REQUEST = MODELS["repr"].write_request({"data": b"hi"})
 
 GRPC_VERSION = tuple(int(part) for part in grpc.__version__.split(".")[:2])
 
-# Numbers of gRPC's statuses, as they travel.
+# The numbers of gRPC's statuses.
 OK, CANCELLED, RESOURCE_EXHAUSTED = "0", "1", "8"
 
 
 @contextmanager
 def unharmed_neighbours(**options: int) -> Iterator[MukoeBatcher]:
-    """A batcher with a request in the callback, and one that waits, which are answered after the test's block.
-
-    A new caller is, too.
-    """
+    """A batcher with a request in the callback and one that waits. In the end both, and a new caller, are answered."""
     with Held() as held, serving(held, **options) as batcher, connect(batcher) as client:
         neighbours = [in_callback(held, client, b"in the callback"), waiting(batcher, client.send_request, b"waits")]
         yield batcher
@@ -61,7 +58,7 @@ def unharmed_neighbours(**options: int) -> Iterator[MukoeBatcher]:
 
 @pytest.mark.parametrize("announced_bytes", [2**31 - 1, 2**31, 2**32 - 1])
 def test_a_message_that_announces_gigabytes_takes_no_memory(announced_bytes: int) -> None:
-    """Newer gRPC refuses it at once, older once it is wholly in."""
+    """Newer gRPC refuses it at once, older gRPC only when all of it has arrived."""
     before = resident_bytes()
     with unharmed_neighbours() as batcher, HandmadeCaller(batcher.port) as caller:
         stream = caller.open_stream()
@@ -78,9 +75,9 @@ def test_a_message_that_announces_gigabytes_takes_no_memory(announced_bytes: int
 @pytest.mark.parametrize(
     "sent",
     [
-        pytest.param(message_head(len(REQUEST), compressed=255) + REQUEST, id="a kind that is none"),
+        pytest.param(message_head(len(REQUEST), compressed=255) + REQUEST, id="an unknown compression flag"),
         pytest.param(message_head(len(REQUEST)) + REQUEST[:-1], id="shorter than announced"),
-        pytest.param(message_head(len(REQUEST))[:3], id="not even announced"),
+        pytest.param(message_head(len(REQUEST))[:3], id="cut off in its length"),
     ],
 )
 def test_a_message_that_is_cut_off_or_not_grpc_ends_its_stream_without_an_answer(sent: bytes) -> None:
@@ -101,8 +98,8 @@ def test_a_message_that_arrives_byte_by_byte_is_answered() -> None:
         assert caller.status(stream)[0] == OK
 
 
-def spoiled(dice: random.Random) -> bytes:
-    """Random bytes, or a request that lost, gained or changed some."""
+def corrupted(dice: random.Random) -> bytes:
+    """Return random bytes, or a request that lost, gained or changed some."""
     if dice.random() < 0.3:
         return dice.randbytes(dice.randrange(200))
     message = bytearray(MODELS["repr"].write_request({"data": dice.randbytes(dice.randrange(100))}))
@@ -117,7 +114,7 @@ def test_of_1000_corrupted_messages_exactly_those_that_protobuf_can_read_are_ans
     dice = random.Random(4)
     with serving() as batcher, grpc.insecure_channel(address_of(batcher)) as channel, connect(batcher) as client:
         for number in range(1000):
-            message = spoiled(dice)
+            message = corrupted(dice)
             try:
                 is_request = MukoeRequest.FromString(message).WhichOneof("request_type") == "representations"
             except DecodeError:
@@ -131,7 +128,7 @@ def test_of_1000_corrupted_messages_exactly_those_that_protobuf_can_read_are_ans
                 assert client.send_request(b"%d" % number) == answer(b"%d" % number)
 
 
-# ---- what is not gRPC ----
+# ---- peers that do not speak gRPC ----
 
 
 def http_1(connection: socket.socket) -> None:
@@ -175,7 +172,7 @@ def test_300_silent_connections_keep_nobody_out() -> None:
             connection.close()
 
 
-# ---- what is opened and left, or never taken ----
+# ---- streams that are opened and left, answers that are never read ----
 
 
 def test_3000_streams_opened_at_once_disappear_with_their_caller() -> None:
@@ -194,20 +191,20 @@ def test_streams_beyond_max_streams_are_refused_however_many_are_opened() -> Non
     with unharmed_neighbours(max_streams=limit) as batcher, HandmadeCaller(batcher.port) as caller:
         caller.open_streams(streams)
         ends = caller.wait_for_statuses(streams - (limit - neighbours))
-        # gRPC turns away by itself what comes faster than it is taken.
+        # gRPC itself rejects streams that arrive faster than it can hand them over.
         assert RESOURCE_EXHAUSTED in {number for number, _ in ends} <= {RESOURCE_EXHAUSTED, CANCELLED}
         assert batcher.metrics().open_streams == limit
 
 
 def test_a_caller_that_never_reads_costs_one_answer_per_stream_and_delays_nobody() -> None:
-    """Each of its streams asks on and on; the server holds the answer to the first, and reads no further."""
+    """Each stream sends many requests. The server holds the answer to the first, and reads no further."""
     answer_bytes, streams, requests_on_each = 4_000_000, 8, 10
     before = resident_bytes()
 
-    def answer_at_length(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
+    def long_answers(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
         return [({"result": bytes(answer_bytes) if data == b"hi" else data}, 0) for data in requests]
 
-    with serving(answer_at_length) as batcher, connect(batcher) as client:
+    with serving(long_answers) as batcher, connect(batcher) as client:
         with HandmadeCaller(batcher.port) as caller:
             for stream in caller.open_streams(streams):
                 caller.send(stream, (message_head(len(REQUEST)) + REQUEST) * requests_on_each)
@@ -221,10 +218,10 @@ def test_a_caller_that_never_reads_costs_one_answer_per_stream_and_delays_nobody
 
 
 def test_a_caller_that_never_reads_does_not_delay_a_shutdown() -> None:
-    def answer_at_length(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
+    def long_answers(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
         return [({"result": bytes(4_000_000)}, 0) for _ in requests]
 
-    with serving(answer_at_length) as batcher, HandmadeCaller(batcher.port) as caller:
+    with serving(long_answers) as batcher, HandmadeCaller(batcher.port) as caller:
         caller.send(caller.open_stream(), message_head(len(REQUEST)) + REQUEST)
         eventually(lambda: batcher.metrics().requests.get("OK") == 1)
         batcher.shutdown(grace_s=0.1)
@@ -236,7 +233,7 @@ def test_a_caller_that_never_reads_does_not_delay_a_shutdown() -> None:
 
 @contextmanager
 def strange_server(serve: Callable[[socket.socket], None]) -> Iterator[str]:
-    """Accepts connections, and does something with each; its address."""
+    """Accept connections, and do something with each. Yields the address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def accept() -> None:

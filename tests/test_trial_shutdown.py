@@ -1,6 +1,6 @@
-"""Shutdowns at every stage of a request's way, with an account of every request.
+"""Shutdowns at every stage of a request, with an account of every request.
 
-test_api.py and test_outcomes.py have those from the callback, from a signal handler, from two threads, and again.
+Shutdowns from the callback, from a signal handler, from two threads, and repeated ones are in test_api.py.
 GRPC_BATCHER_TRIALS=20 in the environment makes the random ones twenty times as long.
 """
 
@@ -54,12 +54,12 @@ def test_a_shutdown_answers_what_waits_without_waiting_for_the_window(tmp_path: 
 
 
 class SlowLink:
-    """Passes on one caller's bytes at once, and those of the server at 64 KiB in five milliseconds."""
+    """Forwards a caller's bytes at once, and the server's at 64 KiB per 5 ms."""
 
     PIECE_BYTES, PAUSE_S = 65536, 0.005
 
     def __init__(self, port: int) -> None:
-        self.has_begun = threading.Event()  # to pass on an answer
+        self.has_begun = threading.Event()  # to forward an answer
         self._server_port = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
@@ -68,14 +68,14 @@ class SlowLink:
     def _run(self) -> None:
         caller, _ = self._listener.accept()
         with caller, socket.socket() as server:
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.PIECE_BYTES)  # so that little is under way
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.PIECE_BYTES)  # so that little is in flight
             server.connect(("127.0.0.1", self._server_port))
-            upstream = threading.Thread(target=self._pass_on, args=(caller, server, 0))
+            upstream = threading.Thread(target=self._forward, args=(caller, server, 0))
             upstream.start()
-            self._pass_on(server, caller, self.PAUSE_S)
+            self._forward(server, caller, self.PAUSE_S)
             upstream.join()
 
-    def _pass_on(self, source: socket.socket, target: socket.socket, pause_s: float) -> None:
+    def _forward(self, source: socket.socket, target: socket.socket, pause_s: float) -> None:
         passed_bytes = 0
         with suppress(OSError):
             while data := source.recv(self.PIECE_BYTES):
@@ -99,17 +99,17 @@ class SlowLink:
 
 @pytest.mark.skipif(
     tuple(int(part) for part in grpc.__version__.split(".")[:2]) < (1, 62),
-    reason="older gRPC says that a reply is out before it is, and cuts it off as the server stops",
+    reason="older gRPC reports a reply as sent too early, and cuts it off when the server stops",
 )
 def test_replies_that_are_on_their_way_arrive_despite_a_shutdown() -> None:
-    """It begins when the beginning of a long one has passed a slow link."""
+    """The shutdown starts when the beginning of a long reply has passed a slow link."""
     answer_bytes = 10_000_000
 
-    def answer_at_length(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
+    def long_answers(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
         return [({"result": bytes(answer_bytes)}, 7) for _ in requests]
 
     with (
-        serving(answer_at_length) as batcher,
+        serving(long_answers) as batcher,
         connect(batcher) as idle_client,
         SlowLink(batcher.port) as link,
         MukoeBatcherClient(link.address) as client,
@@ -123,10 +123,8 @@ def test_replies_that_are_on_their_way_arrive_despite_a_shutdown() -> None:
 
 @pytest.mark.timeout(60 + 30 * LENGTH)
 @pytest.mark.parametrize("grace_s", [0, 60])
-def test_after_a_shutdown_under_load_each_request_is_answered_or_unavailable(
-    grace_s: float, tmp_path: Path
-) -> None:
-    """Callers with a stream, new ones, and such whose time is short. Within the grace, what was seen is answered."""
+def test_after_a_shutdown_under_load_each_request_is_answered_or_unavailable(grace_s: float, tmp_path: Path) -> None:
+    """Callers stay, come and go, or have short time limits. In a grace period, what the callback saw is answered."""
     ledger, moments = Ledger(tmp_path / "ledger"), random.Random(8)
 
     def come_and_go(caller: str) -> None:
@@ -177,7 +175,7 @@ def test_behind_a_stuck_callback_the_queue_is_bounded_and_a_shutdown_says_what_i
         with caplog.at_level(logging.WARNING, logger="grpc_batcher"):
             batcher.shutdown(grace_s=0.1)
         assert [request.result() for request in requests] == [False] * (1 + callers)
-        assert f"{1 + places} requests are left" in caplog.text
+        assert f"left {1 + places} requests unanswered" in caplog.text
         codes = [
             code for _, code in sorted(ledger.account(failures={"RESOURCE_EXHAUSTED", "UNAVAILABLE"}).failed.items())
         ]
