@@ -1,7 +1,7 @@
-"""Arrays as bytes: what the actors and the network's process say to each other through a batcher.
+"""Arrays as bytes: how the actors and the network's process exchange arrays through a batcher.
 
-To a batcher a payload is opaque bytes, so both ends agree on a form of their own. This one is a
-msgpack map with the array's shape, its dtype and its values in C order.
+A batcher does not look into the data, so both ends agree on a format. This one is a msgpack map with the array's shape,
+its dtype, and its values in C order.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy.typing as npt
 
 def pack_array(array: npt.NDArray[Any]) -> bytes:
     """Pack an array of any shape and any plain dtype."""
-    # `dtype.str` is like "<f4": it names the byte order too.
+    # `dtype.str`, such as "<f4", includes the byte order.
     message = {"shape": array.shape, "dtype": array.dtype.str, "values": array.tobytes()}
     packed: bytes = msgpack.packb(message)
     return packed
 
 
 def unpack_array(packed: bytes) -> npt.NDArray[Any]:
-    """Unpack what `pack_array` packed. The array is read-only, for its values are not copied."""
+    """Unpack what `pack_array` packed. The array is read-only, because its values are not copied."""
     message = msgpack.unpackb(packed)
     return np.frombuffer(message["values"], message["dtype"]).reshape(message["shape"])

@@ -1,7 +1,7 @@
 """An actor: a process that plays one Atari game and asks the network about every move.
 
-For a move it sends its observation to the "repr" batcher. Then it tries the likeliest actions on
-the "dyna" batcher, one after the other, and plays one of those that promise most.
+For each move it sends its observation to the "repr" batcher, then tries the likeliest actions on the "dyna" batcher,
+one after another, and plays one of the most promising.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from atari_game import AtariGame
 from grpc_batcher import MukoeBatcherClient
 
 ACTIONS_TRIED = 4  # in the look-ahead; a game has 3 to 18
-DISCOUNT = 0.997  # what a point after the move is worth, beside one at once
+DISCOUNT = 0.997  # what a point after the next move is worth, compared with one now
 
 RETRY_PAUSE_S = 0.2
-GIVE_UP_AFTER_S = 10.0  # without an answer to a request
-START_LIMIT_S = 60.0  # for the processes of all actors to come up
+GIVE_UP_AFTER_S = 10.0  # how long to retry a request
+START_LIMIT_S = 60.0  # for all actors' processes to start
 
 
 @dataclass
 class ActorReport:
-    """What an actor has to tell at its end. It goes to another process: plain values only."""
+    """What an actor reports at its end. It is sent to another process, so it has only plain values."""
 
     game: str
-    failure: str | None = None  # why it ended too early; None if it did not
+    failure: str | None = None  # why it ended early; None if it did not
     play_s: float = 0.0
     moves: int = 0
     frames: int = 0
     points: int = 0
     games_over: int = 0
     weights_version: int = 0  # of the network that gave the last answer
-    failed_tries: int = 0  # requests that had to be sent again
-    repr_latencies_ms: list[float] = field(default_factory=list)  # one for each answer
+    failed_tries: int = 0  # requests that had to be resent
+    repr_latencies_ms: list[float] = field(default_factory=list)  # one per answer
     dyna_latencies_ms: list[float] = field(default_factory=list)
 
 
@@ -56,10 +56,7 @@ def run_actor(
     stop: Event,
     reports: Queue[ActorReport],
 ) -> None:
-    """Wait at the start line for the others, play until `stop` is set, and report.
-
-    This is all that an actor's process does.
-    """
+    """Run an actor's process: wait at the start line for the others, play until `stop` is set, and report."""
     report = ActorReport(game_name)
     try:
         game = AtariGame(game_name, seed)
@@ -74,9 +71,9 @@ def run_actor(
                 play_move(game, rng, repr_client, dyna_client, report)
             report.play_s = time.monotonic() - started_s
     except BrokenBarrierError:
-        report.failure = "the actors did not all come up"
+        report.failure = "not all actors started"
     except Exception as error:
-        # Reported and not raised, so that one process speaks for all of them.
+        # Reported instead of raised, so that only one process prints it.
         report.failure = f"{type(error).__name__}: {error}"
         start_line.abort()  # the others must not wait for this one
     reports.put(report)
@@ -89,7 +86,7 @@ def play_move(
     dyna_client: MukoeBatcherClient,
     report: ActorReport,
 ) -> None:
-    """Choose a move with a look-ahead of one step, play it, and bring the report up to date."""
+    """Choose a move with a look-ahead of one step, play it, and update the report."""
     observation = pack_array(game.observation)
     state = ask(partial(repr_client.send_request, observation), report.repr_latencies_ms, report)
 
@@ -98,8 +95,8 @@ def play_move(
 
     scores = []
     for action in likeliest:
-        # The embedding goes back as it came, so it is not unpacked here. The answer holds the next
-        # embedding, from which a deeper search would go on.
+        # The embedding is sent back unchanged, so there is no need to unpack it. The answer contains the next
+        # embedding, from which a deeper search would continue.
         following = ask(
             partial(dyna_client.send_request, state["embedding"], action),
             report.dyna_latencies_ms,
@@ -120,10 +117,10 @@ def ask(
     latencies_ms: list[float],
     report: ActorReport,
 ) -> dict[str, bytes]:
-    """Send one request until it is answered, as an actor must that outlives its server.
+    """Send one request until it is answered, as an actor that outlives its server must.
 
-    Adds the time that the successful try took to `latencies_ms`. Raises what the last try raised
-    if there is no answer for GIVE_UP_AFTER_S.
+    Adds the duration of the successful try to `latencies_ms`. After GIVE_UP_AFTER_S without an answer, raises what the
+    last try raised.
     """
     give_up_at_s = time.monotonic() + GIVE_UP_AFTER_S
     while True:
@@ -141,10 +138,10 @@ def ask(
 
 
 def preferences(scores: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Turn the scores of actions into the probabilities, float64, to play them with.
+    """Turn the scores of actions into the probabilities (float64) of playing them.
 
-    Drawing, instead of taking the best, keeps a game moving: a network that knows nothing likes
-    the same action best for a long time, and that need not be the one that serves the ball.
+    Drawing an action instead of taking the best keeps a game moving: an untrained network prefers the same action for a
+    long time, and that may not be the one that serves the ball.
     """
     scores_array = np.asarray(scores, np.float64)
     exponentials: npt.NDArray[np.float64] = np.exp((scores_array - scores_array.mean()) / (scores_array.std() + 1e-6))

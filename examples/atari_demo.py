@@ -3,10 +3,9 @@
     pip install ".[demo]"
     python examples/atari_demo.py
 
-This process holds the network and serves it on two ports: a "repr" batcher that embeds what an
-actor sees, and a "dyna" batcher that guesses what an action would lead to. The actors are processes
-of their own. Each plays one game and asks about every move, and what they all ask runs through the
-network in batches. The network is small, and nobody trained it: see atari_network.py.
+This process has the network and serves it on two ports: a "repr" batcher that embeds what an actor sees, and a "dyna"
+batcher that predicts what an action leads to. Each actor is a process that plays one game and asks about every move,
+and all their requests go through the network in batches. The network is small and untrained: see atari_network.py.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from grpc_batcher import MukoeBatcher, create_batcher
 
 GAMES = ["breakout", "pong", "space_invaders", "ms_pacman", "seaquest", "qbert", "boxing", "enduro"]
 
-PROGRESS_EVERY_S = 0.5  # in a terminal, where the line is written over
+PROGRESS_EVERY_S = 0.5  # in a terminal, where the line is overwritten
 PROGRESS_LINE_EVERY_S = 4.0  # in a file or a log, where every line stays
-REPORT_LIMIT_S = 15.0  # for the actors to end their last move and report
+REPORT_LIMIT_S = 15.0  # for the actors to finish their last move and report
 
 
 def main() -> int:
-    """Serve, play, print. Returns the exit status: 0 if every actor played to the end."""
+    """Serve, play and print. Returns the exit status: 0 if every actor played to the end."""
     options = parse_options()
 
     network = Network(seed=0)
@@ -65,7 +64,7 @@ def main() -> int:
         print_games(reports)
     if interrupted:
         print("\nStopped by Ctrl-C.")
-        return 130  # what a shell gives a command that ended so
+        return 130  # as shells report Ctrl-C
     return 0 if all_went_well(reports, options.actors) else 1
 
 
@@ -95,10 +94,10 @@ def play_games(
 ) -> tuple[list[ActorReport], bool]:
     """Run the actors for `options.seconds`.
 
-    Returns the reports that came, and whether Ctrl-C cut it short.
+    Returns the reports received, and whether Ctrl-C interrupted it.
     """
-    # An actor needs no BLAS threads: the matrix products are all done in this process. numpy's BLAS
-    # reads these as it is loaded, and an actor's process loads its own.
+    # Actors need no BLAS threads: all matrix products are computed in this process. numpy's BLAS reads these when it is
+    # loaded, and each actor's process loads its own.
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 
@@ -119,7 +118,7 @@ def play_games(
                 stop,
                 report_queue,
             ),
-            daemon=True,  # none outlives this process
+            daemon=True,  # or it might outlive this process
         )
         for index in range(options.actors)
     ]
@@ -142,14 +141,14 @@ def play_games(
         while len(reports) < len(actors):
             reports.append(report_queue.get(timeout=REPORT_LIMIT_S))
     except queue.Empty:
-        pass  # a process died or hangs; `all_went_well` counts
+        pass  # a process died or hangs; `all_went_well` reports it
     return sorted(reports, key=lambda report: report.game), interrupted
 
 
 def start_ignoring_ctrl_c(processes: Sequence[BaseProcess]) -> None:
-    """Start processes that leave Ctrl-C to this one, which then ends them in good order.
+    """Start processes that ignore Ctrl-C, so that this one can end them in an orderly way.
 
-    A terminal sends it to all of them. A new process goes on ignoring what its parent ignored.
+    A terminal sends it to all of them. A new process inherits what its parent ignores.
     """
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -165,7 +164,7 @@ def show_progress(
     repr_batcher: MukoeBatcher,
     dyna_batcher: MukoeBatcher,
 ) -> None:
-    """Print how it goes for `seconds`, or until an actor has ended before its time."""
+    """Print the progress for `seconds`, or until an actor ends early."""
     in_terminal = sys.stdout.isatty()
     pause_s = PROGRESS_EVERY_S if in_terminal else PROGRESS_LINE_EVERY_S
     started_s = time.monotonic()
@@ -183,7 +182,7 @@ def show_progress(
         )
         print(line, end="\r" if in_terminal else "\n", flush=True)
     if in_terminal:
-        print()  # leave the last line standing
+        print()  # keep the last line
 
 
 def print_batchers(
@@ -192,7 +191,7 @@ def print_batchers(
     reports: list[ActorReport],
     batch_size: int,
 ) -> None:
-    """Print what the two batchers counted, beside the latencies that the actors measured."""
+    """Print what the two batchers counted, next to the latencies that the actors measured."""
     both = [repr_batcher.metrics(), dyna_batcher.metrics()]
     latencies_ms = [
         np.array([latency for report in reports for latency in report.repr_latencies_ms]),
@@ -225,7 +224,7 @@ def print_batchers(
 
 
 def print_games(reports: list[ActorReport]) -> None:
-    """Print what each actor played, and how fast they were together."""
+    """Print what each actor played, and how fast they were in total."""
     print(f"\n{'game':<16}{'moves':>9}{'frames':>9}{'points':>9}{'games over':>12}")
     for report in reports:
         print(f"{report.game:<16}{report.moves:>9,}{report.frames:>9,}{report.points:>9,}{report.games_over:>12,}")
@@ -233,15 +232,15 @@ def print_games(reports: list[ActorReport]) -> None:
     versions = sorted({report.weights_version for report in reports})
     failed_tries = sum(report.failed_tries for report in reports)
     print(
-        f"\n{frames_per_s:,.0f} frames a second in all; a console shows 60."
+        f"\n{frames_per_s:,.0f} frames per second in total; a console shows 60."
         f"\nAnswered by version {', '.join(map(str, versions))} of the weights, which are random:"
         " the points are luck."
-        f"\nRequests sent again after an error: {failed_tries:,}."
+        f"\nRequests resent after an error: {failed_tries:,}."
     )
 
 
 def all_went_well(reports: list[ActorReport], actor_count: int) -> bool:
-    """Say what went wrong, if anything did, or else what to read next."""
+    """Print what went wrong, or what to read next; return whether all went well."""
     problems = [f"{report.game}: {report.failure}" for report in reports if report.failure]
     if len(reports) < actor_count:
         problems.append(f"{actor_count - len(reports)} actors ended without a report")
@@ -251,8 +250,8 @@ def all_went_well(reports: list[ActorReport], actor_count: int) -> bool:
         print(problem, file=sys.stderr)
     if not problems:
         print(
-            "\nRead next, in README.md: the API (every argument, every error) and the window"
-            "\n(when a batch leaves, and what the four reasons above mean)."
+            "\nRead next: docs/api.md (every argument and error) and docs/batching.md (when a batch leaves,"
+            "\nand what the four reasons above mean)."
         )
     return not problems
 

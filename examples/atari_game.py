@@ -6,7 +6,7 @@ import numpy as np
 from ale_py import ALEInterface, LoggerMode, roms
 from atari_network import OBSERVATION_SHAPE, ByteArray
 
-FRAMES_PER_MOVE = 4  # an action is held for so many frames, as is usual with Atari
+FRAMES_PER_MOVE = 4  # how long an action is held, as is usual with Atari
 
 # The emulator's screen has 210 x 160 pixels. Every 2.19th row and every 1.67th column make 96 x 96.
 SCREEN_ROWS = ((np.arange(96) + 0.5) * 210 / 96).astype(np.intp)
@@ -14,11 +14,11 @@ SCREEN_COLUMNS = ((np.arange(96) + 0.5) * 160 / 96).astype(np.intp)
 
 
 class AtariGame:
-    """One game in its emulator. When it is over, the next one begins by itself."""
+    """A game in its emulator. When it is over, the next one starts automatically."""
 
     def __init__(self, name: str, seed: int) -> None:
         """Load a game by its name, such as "space_invaders"."""
-        ALEInterface.setLoggerMode(LoggerMode.Error)  # no banner from every process
+        ALEInterface.setLoggerMode(LoggerMode.Error)  # or every process would print a banner
         rom = roms.get_rom_path(name)
         if rom is None:
             raise ValueError(f"ale-py has no game called {name!r}")
@@ -30,12 +30,12 @@ class AtariGame:
         # uint8, (96, 96, 3, 4): rows, columns, colours, and the last four screens, newest last.
         self.observation: ByteArray = np.zeros(OBSERVATION_SHAPE, np.uint8)
         self.frames = 0  # shown since the game was loaded
-        self.points = 0  # won since then, over all games
+        self.points = 0  # won since then, in all games
         self.games_over = 0
         self._start_over()
 
     def act(self, action: int) -> None:
-        """Hold one action for a move, and look at the screen again."""
+        """Hold an action for one move, then observe the screen."""
         for _ in range(FRAMES_PER_MOVE):
             self.points += self._emulator.act(action)
             self.frames += 1
@@ -48,7 +48,7 @@ class AtariGame:
 
     def _start_over(self) -> None:
         self._emulator.reset_game()
-        self.observation[:] = self._small_screen()[..., None]  # as if it had stood still before
+        self.observation[:] = self._small_screen()[..., None]  # as if nothing had moved before
 
     def _small_screen(self) -> ByteArray:
         return self._emulator.getScreenRGB()[SCREEN_ROWS[:, None], SCREEN_COLUMNS]

@@ -1,8 +1,7 @@
-"""A small network with the parts of MuZero's, in numpy, and the two callbacks that serve it.
+"""A small network in numpy with the parts that MuZero has, and the two callbacks that serve it.
 
-The weights are random and nobody trains them, so it plays no better than chance. Its inputs, its
-outputs and its work are real: the arrays have the sizes that real users send, and every answer is
-computed from its own request.
+The weights are random and never trained, so it plays no better than chance. But its work is real: the arrays have the
+sizes that real users send, and every answer is computed from its own request.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Answer = tuple[dict[str, bytes], int]  # what a callback returns for one request
 
 OBSERVATION_SHAPE = (96, 96, 3, 4)  # rows, columns, colours, the last four screens: 110,592 bytes
 EMBEDDING_SHAPE = (6, 6, 256)  # rows, columns, channels; as float32 36,864 bytes
-ACTION_COUNT = 18  # every position of the joystick, with its button up and down
+ACTION_COUNT = 18  # each joystick position, with the button up or down
 
 GRID, CHANNELS = EMBEDDING_SHAPE[0], EMBEDDING_SHAPE[2]
 PATCH_SIDE = OBSERVATION_SHAPE[0] // GRID  # in pixels
@@ -32,18 +31,18 @@ PATCH_VALUES = PATCH_SIDE * PATCH_SIDE * OBSERVATION_SHAPE[2] * OBSERVATION_SHAP
 class Network:
     """Random weights, and the two functions that MuZero calls representation and dynamics.
 
-    Both take a whole batch of B and return a dict of arrays whose first axis is B.
+    Both take a batch of B rows and return a dict of arrays whose first axis is B.
     """
 
     def __init__(self, seed: int) -> None:
         rng = np.random.default_rng(seed)
 
         def weights(inputs: int, outputs: int) -> FloatArray:
-            # This scale keeps the size of the values about the same from layer to layer.
+            # With this scale, values have about the same size in every layer.
             return rng.standard_normal((inputs, outputs), np.float32) / np.float32(inputs**0.5)
 
-        # The version of the weights, sent with every answer as its `step`. A learner would count
-        # it up with each update. Nothing learns here, so it stays.
+        # The version of the weights, sent with every answer as its `step`. A learner would increment it with each
+        # update. Nothing learns here, so it stays 0.
         self.version = 0
         self._patch_weights = weights(PATCH_VALUES, CHANNELS)
         self._action_vectors = weights(1, ACTION_COUNT * CHANNELS).reshape(ACTION_COUNT, CHANNELS)
@@ -60,7 +59,7 @@ class Network:
         "policy" (B, 18) as logits, "value" (B,).
         """
         batch_size = len(observations)
-        # Cut every screen into 6 x 6 patches of 16 x 16 pixels. One matrix product embeds them all.
+        # Cut each screen into 6 x 6 patches of 16 x 16 pixels. One matrix product embeds all of them.
         patches = (
             observations.reshape(batch_size, GRID, PATCH_SIDE, GRID, PATCH_SIDE, -1)
             .transpose(0, 1, 3, 2, 4, 5)
@@ -72,10 +71,10 @@ class Network:
         return {"embedding": embeddings, **self._heads(embeddings)}
 
     def step(self, embeddings: FloatArray, actions: IntArray) -> dict[str, FloatArray]:
-        """Guess what follows when each action is taken in the state of its embedding.
+        """Predict what follows each action in the state of its embedding.
 
-        Takes (B, 6, 6, 256) float32 and (B,) int32 from 0 to 17. Returns what `represent` does,
-        for the next state, and "reward" (B,) float32 for getting there.
+        Takes (B, 6, 6, 256) float32 and (B,) int32 from 0 to 17. Returns the same as `represent`, for the next state,
+        and the "reward" (B,) float32 for getting there.
         """
         inputs: FloatArray = embeddings + self._action_vectors[actions][:, None, None, :]
         hidden = _relu(inputs @ self._residual_in)
@@ -99,12 +98,12 @@ def _relu(values: FloatArray) -> FloatArray:
 def _normalised(values: FloatArray) -> FloatArray:
     """Shift and scale along the last axis to mean 0 and standard deviation 1."""
     centred = values - values.mean(axis=-1, keepdims=True)
-    # The small number keeps a constant input, like a black patch, from dividing by zero.
+    # The small number avoids a division by zero for a constant input, such as a black patch.
     return centred / (centred.std(axis=-1, keepdims=True) + np.float32(1e-5))
 
 
 def repr_callback(network: Network, batch_size: int) -> Callable[[list[bytes]], list[Answer]]:
-    """Make the callback of a "repr" batcher: a packed observation in, an embedding out."""
+    """Return the callback of a "repr" batcher: a packed observation in, an embedding out."""
 
     def answer_batch(requests: list[bytes]) -> list[Answer]:
         observations = [unpack_array(packed) for packed in requests]
@@ -115,7 +114,7 @@ def repr_callback(network: Network, batch_size: int) -> Callable[[list[bytes]], 
 
 
 def dyna_callback(network: Network, batch_size: int) -> Callable[[list[tuple[bytes, int]]], list[Answer]]:
-    """Make the callback of a "dyna" batcher: a packed embedding and an action in, the next out."""
+    """Return the callback of a "dyna" batcher: a packed embedding and an action in, the next embedding out."""
 
     def answer_batch(requests: list[tuple[bytes, int]]) -> list[Answer]:
         embeddings = [unpack_array(packed) for packed, _ in requests]
@@ -132,19 +131,19 @@ def dyna_callback(network: Network, batch_size: int) -> Callable[[list[tuple[byt
 def _stacked_and_padded(
     rows: Sequence[npt.NDArray[Any]], shape: tuple[int, ...], dtype: type, batch_size: int
 ) -> npt.NDArray[Any]:
-    """Stack rows of `shape` to (batch_size, *shape); the rows that are not there are zeros.
+    """Stack rows of `shape` to (batch_size, *shape). Missing rows are zeros.
 
-    numpy would take a batch of any length. A compiled network (jax.jit) would compile anew for each
-    length that it meets, so its users always give it the same one.
+    numpy accepts a batch of any length. A compiled network (jax.jit) would be compiled again for each length, so its
+    users always pass the same one.
     """
     stacked: npt.NDArray[Any] = np.zeros((batch_size, *shape), dtype)
     for index, row in enumerate(rows):
-        if row.shape != shape:  # without this numpy might stretch a smaller array to fit
+        if row.shape != shape:  # or numpy might broadcast a smaller array
             raise ValueError(f"request {index} holds an array of shape {row.shape}, not {shape}")
         stacked[index] = row
     return stacked
 
 
 def _answers(outputs: dict[str, FloatArray], count: int, version: int) -> list[Answer]:
-    """Cut the first `count` rows of the outputs into one answer each; the rest is padding."""
+    """Return an answer for each of the first `count` rows; the rest is padding."""
     return [({name: pack_array(rows[index]) for name, rows in outputs.items()}, version) for index in range(count)]

@@ -1,6 +1,6 @@
-"""Mutual TLS: the server checks its callers' certificates, too, and serves nobody without one of its authority.
+"""Mutual TLS: the server also checks its callers' certificates, and serves only those signed by its authority.
 
-The certificates are made on the spot. In real life they are files from your own certificate authority.
+The certificates are generated here. In production they are files from your own certificate authority.
 """
 
 from __future__ import annotations

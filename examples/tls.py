@@ -1,6 +1,6 @@
-"""TLS: callers check the server's certificate, and nobody on the way can read or change what is said.
+"""TLS: callers check the server's certificate, and nobody in between can read or change the traffic.
 
-The certificates are made on the spot. In real life they are files from your own certificate authority.
+The certificates are generated here. In production they are files from your own certificate authority.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import trustme
 from grpc_batcher import MukoeBatcherClient, RequestError, create_batcher
 
 authority = trustme.CA()
-certificate = authority.issue_cert("localhost")  # the name by which callers reach the server
+certificate = authority.issue_cert("localhost")  # the name that callers connect to
 key, chain = certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes()
 
 with create_batcher(

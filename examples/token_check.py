@@ -1,6 +1,6 @@
-"""A token: callers send it in the metadata, and an interceptor of gRPC's checks it before a stream is served.
+"""A token: callers send it in the metadata, and a gRPC interceptor checks it before a stream is served.
 
-A token that travels in plaintext can be read and used by others: give both ends `credentials`, as tls.py does.
+Others can read and use a token that is sent in plaintext: give both ends `credentials`, as tls.py does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from grpc_batcher import MukoeBatcherClient, RequestError, create_batcher
 
 
 class TokenCheck(grpc.ServerInterceptor):
-    """Ends streams without the token with UNAUTHENTICATED. Health checks need none, for probes have none."""
+    """Ends streams without the token with UNAUTHENTICATED. Health checks need no token, because probes have none."""
 
     def __init__(self, token: str) -> None:
         self._expected = f"Bearer {token}".encode()
@@ -35,7 +35,7 @@ def refuse(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator
     context.abort(grpc.StatusCode.UNAUTHENTICATED, "the metadata has no 'authorization' with the right token")
 
 
-token = secrets.token_urlsafe()  # in real life from a file that both ends can read, and nobody else
+token = secrets.token_urlsafe()  # in production, from a file that only both ends can read
 
 with create_batcher(
     "repr",

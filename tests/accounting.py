@@ -1,7 +1,7 @@
-"""Trials with an account: each request has a name of its own, and each answer proves which request it is for.
+"""An account of every request in a trial: each has its own name, and each answer proves which request it is for.
 
-A trial gives a `Ledger` to everyone in it, in whatever process: callers write down what they ask and what comes of it,
-the callback what it sees. In the end `Ledger.account` holds all of it against what the library promises.
+All processes of a trial share a `Ledger`. Callers record what they ask and the outcome; the callback records what it
+sees. In the end, `Ledger.account` compares everything with what the library promises.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from serving import eventually, in_background
 
 from grpc_batcher import MukoeBatcherClient, RequestError, create_batcher
 
-# GRPC_BATCHER_TRIALS=20 in the environment makes the trials that say so twenty times as long.
+# GRPC_BATCHER_TRIALS=20 in the environment makes the random trials twenty times as long.
 LENGTH = int(os.environ.get("GRPC_BATCHER_TRIALS", "1"))
 
-# What a caller waits before it tries again, as real ones do; and one in a process of its own between two requests, so
-# that twenty of them leave some of a small machine to others.
+# How long a caller waits before it tries again, as real ones do; and how long one with its own process waits between two
+# requests, so that twenty of them leave some of a small machine to others.
 _PAUSE_S = 0.001
 _THINKING_S = 0.01
 
 
 class Account(NamedTuple):
-    """What became of the requests of a trial, by their names."""
+    """The outcome of a trial's requests, by name."""
 
     answered: list[str]
-    failed: dict[str, str]  # with the names of their statuses
+    failed: dict[str, str]  # request to the name of its status
     batches: list[list[str]]  # as the callback saw them
 
 
 class Ledger:
     """An append-only file with a line per event, which outlives the processes that write to it.
 
-    The system orders the lines: one that was written after another stands behind it, whoever wrote them.
+    The lines are in the order in which they were written, whichever process wrote them.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         weakref.finalize(self, os.close, self._file)
-        self.answers = 0  # those that came to this process
+        self.answers = 0  # received by this process
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Ledger, (self._path,)
@@ -64,7 +64,7 @@ class Ledger:
     # ---- the callback's side ----
 
     def callback(self, requests: list[bytes]) -> list[Any]:
-        """A callback that writes down what it sees, and answers each request with the proof that it is the one."""
+        """A callback that records what it sees, and answers each request with a proof that only fits this request."""
         self._write("seen", *(name_in(data) for data in requests))
         return [_proof_for(data) for data in requests]
 
@@ -73,9 +73,9 @@ class Ledger:
     def ask(
         self, client: MukoeBatcherClient, name: str, *, extra_bytes: int = 0, timeout_s: float | None = None
     ) -> bool:
-        """Send a request, and write down what comes of it; whether that is an answer.
+        """Send a request and record the outcome; return whether it was answered.
 
-        name: without spaces, and of this request alone; the part before the last "/" is its caller's.
+        name: unique and without spaces; the part before the last "/" names the caller.
         """
         data = name.encode() + b" " + bytes(extra_bytes)
         self._write("asked", name)
@@ -97,7 +97,7 @@ class Ledger:
         extra_bytes: int = 0,
         thinking_s: float = 0,
     ) -> None:
-        """Send one request after the other, with the same client whatever happens, until the trial is over."""
+        """Send one request after another with the same client, whatever happens, until the trial is over."""
         number = 0
         while not is_over():
             number += 1
@@ -107,14 +107,14 @@ class Ledger:
     # ---- the account ----
 
     def note_gone(self, names: Iterable[str]) -> None:
-        """Write down that the server knows that these are gone: requests, or callers with all of theirs."""
+        """Record that the server knows that these requests, or all requests of these callers, are gone."""
         self._write("gone", *names)
 
     def account(self, *, failures: Set[str] = frozenset(), killed: Set[str] = frozenset()) -> Account:
-        """Return what happened, if it is what the library promises.
+        """Return what happened. Fails if it is not what the library promises.
 
-        failures: the names of the statuses that a request may have failed with in this trial.
-        killed: callers whose last request may have ended unseen.
+        failures: the names of the statuses that requests may fail with in this trial.
+        killed: callers whose last request may have ended unrecorded.
         """
         events: dict[str, list[list[str]]] = {}
         asked: dict[str, int] = {}
@@ -125,7 +125,7 @@ class Ledger:
             kind, *words = line.split(" ")
             events.setdefault(kind, []).append(words)
             if kind == "asked":
-                assert words[0] not in asked, f"the trial asked {words[0]} twice"
+                assert words[0] not in asked, f"the trial sent {words[0]} twice"
                 asked[words[0]] = len(batches)
             elif kind == "seen":
                 batches.append(words)
@@ -137,10 +137,10 @@ class Ledger:
 
         seen = Counter(name for batch in batches for name in batch)
         assert [name for name, times in seen.items() if times > 1] == [], "the callback saw requests twice"
-        assert seen.keys() <= asked.keys(), "the callback saw what nobody asked"
+        assert seen.keys() <= asked.keys(), "the callback saw requests that nobody sent"
         for number, batch in enumerate(batches):
             for name in batch:
-                # The callback may have been about to write down the batch that it had when they went.
+                # The callback may have been about to record the batch it had when they left.
                 gone_at = min(gone.get(each, number) for each in (name, _caller_of(name)))
                 assert number - gone_at <= 0, f"the callback saw {name} after its caller was known to be gone"
 
@@ -159,7 +159,7 @@ class Ledger:
 
 @contextmanager
 def asking(ledger: Ledger, name: str, clients: Sequence[MukoeBatcherClient]) -> Iterator[None]:
-    """A thread for each client, "name-0" and so on, that keeps asking until this is left."""
+    """Keep sending requests until this is left, on a thread per client named "name-0" and so on."""
     over = threading.Event()
     callers = [
         in_background(ledger.keep_asking, client, f"{name}-{number}", over.is_set, extra_bytes=100 * number)
@@ -174,13 +174,13 @@ def asking(ledger: Ledger, name: str, clients: Sequence[MukoeBatcherClient]) -> 
 
 
 def wait_for_answers(ledger: Ledger, count: int) -> None:
-    """Wait until so many more requests are answered."""
+    """Wait until this process has got this many more answers."""
     enough = ledger.answers + count
     eventually(lambda: ledger.answers >= enough)
 
 
 def name_in(data: bytes) -> str:
-    """The name of the request with this data."""
+    """Return the name of the request with this data."""
     return data.partition(b" ")[0].decode()
 
 
@@ -194,33 +194,33 @@ def _proof_for(data: bytes) -> tuple[dict[str, bytes], int]:
 
 # ---- processes ----
 
-# Forked from a process that has imported the library and never used it: a hundredth of a second each.
+# Each process is forked from one that has imported the library but never used it, which takes about 10 ms.
 _forkserver = multiprocessing.get_context("forkserver")
 _forkserver.set_forkserver_preload(["pytest", "accounting"])
 
 
 def start_process(function: Callable[..., None], *arguments: Any) -> BaseProcess:
-    """Run a function of a module in a process of its own, which ends with this one at the latest."""
+    """Run a module's function in its own process, which ends with this one at the latest."""
     process = _forkserver.Process(target=function, args=arguments, daemon=True)
     process.start()
     return process
 
 
 def ask_until_killed(ledger: Ledger, address: str, caller: str, extra_bytes: int = 0) -> None:
-    """What a caller's process does."""
+    """Run a caller, in its own process."""
     with MukoeBatcherClient(address) as client:
         ledger.keep_asking(client, caller, lambda: False, extra_bytes=extra_bytes, thinking_s=_THINKING_S)
 
 
 def serve_until_killed(ledger: Ledger, host: str, port: int, ready: Connection) -> None:
-    """What a server's process does. It says its port once it serves."""
+    """Run a server, in its own process. It sends its port to `ready` once it serves."""
     with create_batcher("repr", 8, 0.001, port, batch_process_fn=ledger.callback, host=host) as batcher:
         ready.send(batcher.port)
         threading.Event().wait()
 
 
 def start_server(ledger: Ledger, host: str, port: int = 0) -> tuple[BaseProcess, int]:
-    """A server's process, and its port."""
+    """Start a server; return its process and its port."""
     receiver, sender = _forkserver.Pipe(duplex=False)
     with receiver, sender:
         process = start_process(serve_until_killed, ledger, host, port, sender)

@@ -14,16 +14,16 @@ import pytest
 
 from grpc_batcher import _core
 
-# Where a shell started the tests in its background, SIGINT is ignored, and every program they start would inherit that.
+# A shell that starts the tests in the background makes them ignore SIGINT, and their programs would inherit that.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# No deadline: where tests run, other things run too.
+# No deadline: the machine may be busy with other things.
 hypothesis.settings.register_profile("grpc_batcher", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("grpc_batcher")
 
-# The core without the package around it: to import gRPC would take longer than all the rest of a small script. One that
-# hangs is ended, also if it holds the GIL.
+# Imports only the core: importing gRPC takes longer than a small script. faulthandler ends a script that hangs, even if
+# it holds the GIL.
 _CORE_SCRIPT_HEAD = f"""\
 import faulthandler, importlib.util
 faulthandler.dump_traceback_later(30, exit=True)
@@ -35,9 +35,9 @@ spec.loader.exec_module(_core)
 
 @pytest.fixture(scope="session")
 def core_command() -> Callable[[str], list[str]]:
-    """The command that runs a script in a Python of its own, with the core as `_core`.
+    """Return the command that runs a script in its own Python process, with the core as `_core`.
 
-    For what could crash or hang the process that runs the tests.
+    For scripts that could crash or hang the process that runs the tests.
     """
     return lambda script: [sys.executable, "-X", "faulthandler", "-c", _CORE_SCRIPT_HEAD + script]
 
@@ -50,9 +50,9 @@ class Pair(NamedTuple):
 
 
 class Certificates(NamedTuple):
-    """What one certificate authority issued. `server` is for 127.0.0.1 and localhost.
+    """Certificates issued by one authority. `server` is for 127.0.0.1 and localhost.
 
-    folder: has the same in files: authority.pem, client.key and client.pem.
+    folder: contains authority.pem, client.key and client.pem.
     """
 
     authority: bytes
@@ -82,5 +82,5 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @pytest.fixture(scope="session")
 def strange_certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    """Those of another authority."""
+    """Certificates of an authority that nobody trusts."""
     return _issue(tmp_path_factory.mktemp("strange_certificates"))

@@ -1,4 +1,4 @@
-"""A gRPC caller made by hand over a bare socket, which does what no gRPC library would."""
+"""A gRPC caller built on a plain socket, which does what no gRPC library would."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _HEADERS = (
 
 
 def message_head(length: int, *, compressed: int = 0) -> bytes:
-    """What stands before each message of gRPC's: whether it is compressed, and its length."""
+    """Return what precedes each gRPC message: whether it is compressed, and its length."""
     return bytes((compressed,)) + length.to_bytes(4, "big")
 
 
 class HandmadeCaller:
-    """One connection. Leaving it as a context manager closes it without a farewell.
+    """One connection. Leaving the context manager closes it without telling the server.
 
-    It takes so many bytes of answers on each stream, 64 KiB unless told otherwise, and never asks for more.
+    window_bytes: how many bytes of answers it accepts on each stream. It never asks for more.
     """
 
     def __init__(self, port: int, *, window_bytes: int = 65535) -> None:
@@ -51,12 +51,12 @@ class HandmadeCaller:
         self._socket.close()
 
     def open_stream(self, method: str = METHOD) -> int:
-        """Open a stream, and send nothing on it; its number."""
+        """Open a stream without sending anything on it; return its number."""
         (number,) = self.open_streams(1, method)
         return number
 
     def open_streams(self, count: int, method: str = METHOD) -> list[int]:
-        """Open so many in one go; their numbers."""
+        """Open several streams at once; return their numbers."""
         headers = [(name, method if name == ":path" else value) for name, value in _HEADERS]
         numbers = []
         for _ in range(count):
@@ -66,24 +66,24 @@ class HandmadeCaller:
         return numbers
 
     def send(self, stream: int, data: bytes, *, end: bool = False) -> None:
-        """Send bytes as they are, a few KB at the most."""
+        """Send raw bytes, a few KB at most."""
         self._connection.send_data(stream, data, end_stream=end)
         self._flush()
 
     def status(self, stream: int) -> tuple[str, str]:
-        """Wait until the server has ended a stream; the number of its gRPC status, and what it says."""
+        """Wait until the server has ended a stream; return the number of its gRPC status, and the details."""
         while stream not in self._statuses:
             self._receive()
         return self._statuses[stream]
 
     def wait_for_statuses(self, count: int) -> list[tuple[str, str]]:
-        """Wait until the server has ended so many streams; their statuses."""
+        """Wait until the server has ended this many streams; return their statuses."""
         while len(self._statuses) < count:
             self._receive()
         return list(self._statuses.values())
 
     def wait_for_bytes(self, stream: int, count: int) -> None:
-        """Wait until so many bytes of answers came on a stream."""
+        """Wait until this many bytes of answers have arrived on a stream."""
         while self.received_bytes[stream] < count:
             self._receive()
 

@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: servers, clients, callbacks that wait, and calls on threads of their own."""
+"""What the end-to-end tests share: servers, clients, callbacks that wait, background calls, programs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from grpc_batcher import MukoeBatcher, MukoeBatcherClient, RequestError, create_
 
 METHOD = "/mukoe_batcher.MukoeService/ProcessRequest"
 
-# How long a program that a test runs may take before it is taken for one that hangs. pytest's own limit is longer.
+# A program that runs longer than this counts as hanging. Shorter than pytest's own limit.
 PROGRAM_LIMIT_S = 50
 
 
@@ -29,12 +29,12 @@ PROGRAM_LIMIT_S = 50
 
 
 def echo(requests: list[Any]) -> list[tuple[dict[str, bytes], int]]:
-    """A callback that answers with the data it got, and the action for a step."""
+    """A callback that returns the data it gets, with the action as the step."""
     return [answer(*request) if isinstance(request, tuple) else answer(request) for request in requests]
 
 
 def answer(data: bytes, action: int = 0) -> tuple[dict[str, bytes], int]:
-    """What `echo` answers."""
+    """The answer of `echo`."""
     return {"result": data}, action
 
 
@@ -49,7 +49,7 @@ def serving(
     host: str = "127.0.0.1",
     **options: Any,
 ) -> Iterator[MukoeBatcher]:
-    """A started batcher, shut down without a grace in the end."""
+    """A started batcher, which is shut down without a grace period afterwards."""
     batcher = create_batcher(
         model, batch_size, batch_timeout_s, port, batch_process_fn=batch_process_fn, host=host, **options
     )
@@ -65,14 +65,14 @@ def address_of(batcher: MukoeBatcher) -> str:
 
 
 def connect(batcher: MukoeBatcher, **options: Any) -> MukoeBatcherClient:
-    """A client of the batcher; close it, or enter it as a context manager."""
+    """Return a client of the batcher. Close it, or use it as a context manager."""
     return MukoeBatcherClient(address_of(batcher), **options)
 
 
 class Held:
-    """A callback that holds every batch until the test releases it. Leaving it as a context manager releases all.
+    """A callback that holds every batch until the test releases it. Leaving the context manager releases all.
 
-    batches: what it was given so far, oldest first.
+    batches: the batches it has been given, oldest first.
     """
 
     def __init__(self, batch_process_fn: Callable[[list[Any]], Any] = echo) -> None:
@@ -89,7 +89,7 @@ class Held:
         return self._batch_process_fn(requests)
 
     def release(self, batches: float = 1) -> None:
-        """Let go so many more batches, those that are yet to come included."""
+        """Release this many more batches, including ones still to come."""
         with self._changed:
             self._released += batches
             self._changed.notify_all()
@@ -101,27 +101,27 @@ class Held:
         self.release(float("inf"))
 
 
-# ---- calls on other threads ----
+# ---- calls in the background ----
 
 
 def eventually(holds: Callable[[], object]) -> None:
-    """Wait until something holds. pytest's timeout is the limit."""
+    """Wait until a condition holds. pytest's timeout is the limit."""
     while not holds():
         time.sleep(0.002)
 
 
 def open_files() -> int:
-    """How many files and sockets this process has open."""
+    """Return how many files and sockets this process has open."""
     return len(os.listdir("/proc/self/fd"))
 
 
 def resident_bytes() -> int:
-    """How much memory this process has in use."""
+    """Return how much memory this process uses."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def in_background(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
-    """Make a call on a thread that does not keep a failed test's process from ending."""
+    """Make a call on a daemon thread, so that a failed test's process can still end."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -135,7 +135,7 @@ def in_background(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Fu
 
 
 def in_callback(held: Held, client: MukoeBatcherClient, *args: Any, **kwargs: Any) -> Future[Any]:
-    """Send a request, and return once the callback holds it. To be used while the server has nothing else to do."""
+    """Send a request, and return once the callback holds it. Use it only while the server is otherwise idle."""
     before = len(held.batches)
     request = in_background(client.send_request, *args, **kwargs)
     eventually(lambda: len(held.batches) > before or request.done())
@@ -143,7 +143,7 @@ def in_callback(held: Held, client: MukoeBatcherClient, *args: Any, **kwargs: An
 
 
 def waiting(batcher: MukoeBatcher, send: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
-    """Make a call that sends a request, and return once it waits. To be used while a callback is held."""
+    """Make a call that sends a request, and return once it is waiting. Use it only while a callback is held."""
     before = batcher.metrics().waiting
     request = in_background(send, *args, **kwargs)
     eventually(lambda: batcher.metrics().waiting > before or request.done())
@@ -151,7 +151,7 @@ def waiting(batcher: MukoeBatcher, send: Callable[..., Any], *args: Any, **kwarg
 
 
 def error_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> RequestError:
-    """Make a call that has to end in a RequestError, and return that."""
+    """Make a call that must raise a RequestError, and return the error."""
     try:
         result = function(*args, **kwargs)
     except RequestError as error:
@@ -159,11 +159,11 @@ def error_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Request
     raise AssertionError(f"no RequestError was raised, but {result!r:.200} returned")
 
 
-# ---- plain grpcio, as old peers use it ----
+# ---- plain grpcio, as peers with the C++ wheel use it ----
 
 
 class OldStyleReply(NamedTuple):
-    """Everything that came on a stream until its end."""
+    """Everything received on a stream until its end."""
 
     messages: list[bytes]
     code: grpc.StatusCode
@@ -172,13 +172,13 @@ class OldStyleReply(NamedTuple):
 
 @contextmanager
 def old_style_call(address: str, message: bytes, timeout_s: float | None = None) -> Iterator[Any]:
-    """A stream with one message, half-closed behind it, on a channel of its own: a grpcio call to read from."""
+    """A half-closed stream with one message, on its own channel: a grpcio call to read from."""
     with grpc.insecure_channel(address, options=(("grpc.max_receive_message_length", -1),)) as channel:
         yield channel.stream_stream(METHOD)(iter((message,)), timeout=timeout_s)
 
 
 def old_style_request(address: str, message: bytes, timeout_s: float | None = None) -> OldStyleReply:
-    """What an old client does for a request: one stream, one message, half-close, and read to the end."""
+    """Make a request as old clients do: one stream, one message, half-close, read to the end."""
     with old_style_call(address, message, timeout_s) as call:
         messages = []
         with suppress(grpc.RpcError):  # the call says which
@@ -196,7 +196,7 @@ class _OneMethod(grpc.GenericRpcHandler):  # type: ignore[misc]
 
 @contextmanager
 def plain_server(behaviour: Callable[[Iterator[bytes], grpc.ServicerContext], Iterable[bytes]]) -> Iterator[str]:
-    """A server in plain grpcio whose streams are served by a function from messages to messages; its address."""
+    """Serve streams in plain grpcio, with a function from messages to messages. Yields the address."""
     with ThreadPoolExecutor(64) as threads:
         server = grpc.server(threads, handlers=(_OneMethod(behaviour),), options=(("grpc.so_reuseport", 0),))
         port = server.add_insecure_port("127.0.0.1:0")
@@ -211,10 +211,10 @@ def plain_server(behaviour: Callable[[Iterator[bytes], grpc.ServicerContext], It
 
 
 class Program(subprocess.Popen[str]):
-    """A Python program. Leaving it as a context manager ends it, and the processes it started, if it still runs."""
+    """A Python program. Leaving the context manager kills it and its children if it still runs."""
 
     def read_line(self) -> str:
-        """Wait for a line on its stdout, and return it without its end; nothing if the program is over."""
+        """Wait for a line on stdout and return it without its newline; "" if the program has ended."""
         assert self.stdout is not None
         return self.stdout.readline().rstrip("\n")
 
@@ -230,7 +230,7 @@ class Program(subprocess.Popen[str]):
 
 
 def start_program(folder: Path, text: str, *arguments: str, environment: dict[str, str] | None = None) -> Program:
-    """Start a Python program in a folder of its own, so that it imports the package from where this process does."""
+    """Start a Python program in a folder, where it imports the same package as this process."""
     script = folder / "program.py"
     script.write_text(textwrap.dedent(text))
     return Program(
@@ -246,19 +246,19 @@ def start_program(folder: Path, text: str, *arguments: str, environment: dict[st
 
 
 def finish_program(program: Program, typed: str | None = None) -> tuple[int, str, str]:
-    """Wait for a program's end; return its status and what it wrote to stdout and stderr."""
+    """Wait until a program ends; return its status, stdout and stderr."""
     try:
         output, errors = program.communicate(typed, timeout=PROGRAM_LIMIT_S)
     except subprocess.TimeoutExpired:
-        os.killpg(program.pid, signal.SIGABRT)  # on which Python writes the stack of every thread
+        os.killpg(program.pid, signal.SIGABRT)  # makes Python write the stack of every thread
         output, errors = program.communicate()
-        raise AssertionError(f"the program hangs; so far it wrote {output!r} and on stderr:\n{errors}") from None
+        raise AssertionError(f"the program hangs; its stdout is {output!r}, and its stderr:\n{errors}") from None
     return program.returncode, output, errors
 
 
 def run_program(folder: Path, text: str, *arguments: str, environment: dict[str, str] | None = None) -> list[str]:
-    """Run a Python program that has to end with status 0; return the lines it wrote to stdout."""
+    """Run a Python program that must exit with status 0; return the lines of its stdout."""
     with start_program(folder, text, *arguments, environment=environment) as program:
         status, output, errors = finish_program(program)
-    assert status == 0, f"status {status}; it wrote {output!r} and on stderr:\n{errors}"
+    assert status == 0, f"status {status}; its stdout is {output!r}, and its stderr:\n{errors}"
     return output.splitlines()

@@ -1,9 +1,11 @@
-"""Where a batcher listens and a client connects: unix sockets, several servers, and addresses that can not be had."""
+"""Where a batcher listens and a client connects: unix sockets, several servers, and unavailable addresses."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import pickle
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -25,18 +27,19 @@ from serving import (
 )
 
 from grpc_batcher import BindError, MukoeBatcher, MukoeBatcherClient, create_batcher
-from grpc_batcher._client import stream_pool as _pool
+from grpc_batcher._client import stream_pool
+from grpc_batcher._server.session import Session
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
-REPR_HI = bytes.fromhex("0a040a026869")  # a "repr" request for b"hi", as it travels
+REPR_HI = bytes.fromhex("0a040a026869")  # the message of a "repr" request for b"hi"
 
 
 # ---- unix sockets ----
 
 
 @pytest.mark.parametrize("form", ["unix:{}", "unix://{}"])
-def test_a_batcher_serves_on_a_unix_socket_and_removes_it_in_the_end(form: str, tmp_path: Path) -> None:
+def test_a_batcher_serves_on_a_unix_socket_and_removes_it_afterwards(form: str, tmp_path: Path) -> None:
     path = tmp_path / "batcher.sock"
     address = form.format(path)
     with serving(host=address, port=50051) as batcher, MukoeBatcherClient(address) as client:
@@ -46,7 +49,7 @@ def test_a_batcher_serves_on_a_unix_socket_and_removes_it_in_the_end(form: str, 
     assert not path.exists()
 
 
-def test_a_batcher_serves_on_a_unix_socket_without_a_file() -> None:
+def test_a_batcher_serves_on_an_abstract_unix_socket() -> None:
     address = f"unix-abstract:grpc_batcher-{os.getpid()}"
     with serving(host=address), MukoeBatcherClient(address) as client:
         assert client.send_request(b"x") == answer(b"x")
@@ -59,8 +62,9 @@ def test_a_batcher_serves_on_a_unix_socket_without_a_file() -> None:
 def test_two_batchers_never_share_a_unix_socket(form: str, tmp_path: Path) -> None:
     address = form.format(tmp_path / "batcher.sock")
     with serving(host=address):
-        with pytest.raises(BindError, match=f"can not listen on {address}: another server does"), serving(host=address):
-            pass
+        with pytest.raises(BindError, match=f"cannot listen on {address}: another server does") as caught:
+            create_batcher("repr", 1, 0.0, batch_process_fn=echo, host=address).start()
+        assert caught.value.errno == errno.EADDRINUSE
         with MukoeBatcherClient(address) as client:
             assert client.send_request(b"x") == answer(b"x")
 
@@ -74,25 +78,35 @@ def test_a_unix_socket_that_a_killed_process_left_behind_is_replaced(tmp_path: P
         assert client.send_request(b"x") == answer(b"x")
 
 
-# ---- addresses that can not be had ----
+# ---- addresses that are not available ----
 
 
 @pytest.mark.parametrize(
-    ("host", "why"),
+    ("host", "why", "number"),
     [
-        pytest.param("no-such-host.invalid", r":0: .*\w+", id="a name that does not resolve"),
-        pytest.param("not an address", r":0: .*\w+", id="no address"),
-        pytest.param("192.0.2.1", ":0: Cannot assign requested address", id="an address of another machine"),
-        pytest.param("unix:/no/such/folder/batcher.sock", "", id="a unix socket in no folder"),
-        pytest.param("unix:/tmp/" + "x" * 200, "", id="a unix socket with a long name"),
-        pytest.param(f"unix:{Path(__file__)}", "", id="a unix socket that is a file"),
+        pytest.param("no-such-host.invalid", r":0: .*\w+", None, id="a name that does not resolve"),
+        pytest.param("not an address", r":0: .*\w+", None, id="not an address"),
+        pytest.param(
+            "192.0.2.1", ":0: Cannot assign requested address", errno.EADDRNOTAVAIL, id="an address of another machine"
+        ),
+        pytest.param(
+            "unix:/no/such/folder/batcher.sock",
+            ": the folder /no/such/folder does not exist",
+            errno.ENOENT,
+            id="a unix socket in a missing folder",
+        ),
+        pytest.param("unix:/tmp/" + "x" * 200, "", None, id="a unix socket with a long name"),
+        pytest.param(f"unix:{Path(__file__)}", "", None, id="a unix socket where a file is"),
     ],
 )
-def test_an_address_that_can_not_be_had_is_a_bind_error_and_leaves_nothing_behind(host: str, why: str) -> None:
+def test_an_unavailable_address_is_a_bind_error_and_leaves_nothing_behind(
+    host: str, why: str, number: int | None
+) -> None:
     batcher = create_batcher("repr", 1, 0.0, 0, batch_process_fn=len, host=host)
     threads = threading.active_count()
-    with pytest.raises(BindError, match=f"can not listen on {host}{why}"):
+    with pytest.raises(BindError, match=f"cannot listen on {host}{why}") as caught:
         batcher.start()
+    assert caught.value.errno == number
     assert not batcher.is_server_ready()
     assert threading.active_count() == threads
     batcher.shutdown()
@@ -101,12 +115,20 @@ def test_an_address_that_can_not_be_had_is_a_bind_error_and_leaves_nothing_behin
 def test_a_port_in_use_is_a_bind_error_that_says_so() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(BindError, match=f"^can not listen on 127.0.0.1:{port}: Address already in use$"):
+        with pytest.raises(BindError, match=f"^cannot listen on 127.0.0.1:{port}: Address already in use$") as caught:
             create_batcher("repr", 1, 0.0, port, batch_process_fn=len, host="127.0.0.1").start()
+        assert caught.value.errno == errno.EADDRINUSE
+
+
+@pytest.mark.parametrize("number", [errno.EADDRINUSE, None])
+def test_a_bind_error_can_be_pickled(number: int | None) -> None:
+    copy = pickle.loads(pickle.dumps(BindError("cannot listen on 127.0.0.1:50051", number)))
+    assert type(copy) is BindError
+    assert (str(copy), copy.errno) == ("cannot listen on 127.0.0.1:50051", number)
 
 
 @pytest.mark.parametrize("address", ["no-such-host.invalid:50051", "unix:/no/such/folder/batcher.sock", "127.0.0.1:1"])
-def test_a_client_of_an_address_without_a_server_raises_unavailable(address: str) -> None:
+def test_a_client_gets_unavailable_where_no_server_listens(address: str) -> None:
     with MukoeBatcherClient(address) as client:
         assert error_of(client.send_request, b"x").code() is UNAVAILABLE
 
@@ -122,13 +144,13 @@ def target(ports: list[int]) -> str:
 
 
 def answering_with(step: int) -> Callable[[list[bytes]], list[tuple[dict[str, bytes], int]]]:
-    """A callback that tells by the step which server it is."""
+    """Return a callback whose step tells which server it is."""
     return lambda requests: [answer(data, step) for data in requests]
 
 
 @contextlib.contextmanager
 def three_servers() -> Iterator[list[MukoeBatcher]]:
-    """They answer with the steps 0, 1 and 2."""
+    """Three batchers, which answer with the steps 0, 1 and 2."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(serving(answering_with(step))) for step in range(3)]
 
@@ -137,13 +159,14 @@ def client_of(batchers: list[MukoeBatcher], options: tuple[tuple[str, str], ...]
     return MukoeBatcherClient(target([batcher.port for batcher in batchers]), options=options)
 
 
-def streams_of(batchers: list[MukoeBatcher]) -> list[int]:
-    return [batcher.metrics().open_streams for batcher in batchers]
+def sessions_of(*batchers: MukoeBatcher) -> set[Session]:
+    """Return the sessions that are open now: a renewed stream has another."""
+    return {session for batcher in batchers for session in batcher._life._service._sessions}
 
 
 @contextlib.contextmanager
 def callers(client: MukoeBatcherClient, count: int) -> Iterator[Callable[[], list[Any]]]:
-    """Threads that each send a request whenever this function is called: it returns the steps they got, or errors."""
+    """Start threads. Yields a function that has each send a request, and returns the steps or errors they got."""
     begin, results = threading.Barrier(count + 1), [None] * count
 
     def call(number: int) -> None:
@@ -171,13 +194,13 @@ def callers(client: MukoeBatcherClient, count: int) -> Iterator[Callable[[], lis
 
 
 def renew_streams(client: MukoeBatcherClient) -> None:
-    """Have the next requests open streams anew, as they do by themselves in time."""
+    """Make the next requests open new streams, as they would after some time."""
     for loan in client._pool._idle:
         loan.renewal_ns = 0
 
 
 def spread(client: MukoeBatcherClient, send: Callable[[], list[Any]]) -> list[int]:
-    """Renew the streams until each server has some; return the steps that came last."""
+    """Renew the streams until each server has some; return the last steps."""
     while set(steps := send()) != {0, 1, 2}:
         assert set(steps) < {0, 1, 2}
         renew_streams(client)
@@ -186,15 +209,15 @@ def spread(client: MukoeBatcherClient, send: Callable[[], list[Any]]) -> list[in
 
 @pytest.fixture
 def _long_lived_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pool, "LEAST_RENEWAL_NS", 10**15)
-    monkeypatch.setattr(_pool, "MOST_RENEWAL_NS", 10**15)
+    monkeypatch.setattr(stream_pool, "MIN_RENEWAL_NS", 10**15)
+    monkeypatch.setattr(stream_pool, "MAX_RENEWAL_NS", 10**15)
 
 
 @pytest.mark.parametrize("options", [ROUND_ROBIN, SERVICE_CONFIG])
-def test_streams_spread_over_all_servers_though_the_first_ones_open_before_all_are_connected(
+def test_streams_spread_over_all_servers_even_if_some_connect_late(
     options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_pool, "LEAST_RENEWAL_NS", 1_000_000)
+    monkeypatch.setattr(stream_pool, "MIN_RENEWAL_NS", 1_000_000)
     with three_servers() as batchers, client_of(batchers, options) as client, callers(client, 6) as send:
         eventually(lambda: set(send()) == {0, 1, 2})
 
@@ -205,19 +228,19 @@ def test_without_a_policy_all_streams_go_to_one_server() -> None:
 
 
 def test_a_stream_to_a_lone_server_is_not_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pool, "LEAST_RENEWAL_NS", 0)
-    monkeypatch.setattr(_pool, "MOST_RENEWAL_NS", 0)
+    monkeypatch.setattr(stream_pool, "MIN_RENEWAL_NS", 0)
+    monkeypatch.setattr(stream_pool, "MAX_RENEWAL_NS", 0)
     with serving() as batcher, MukoeBatcherClient(f"127.0.0.1:{batcher.port}") as client:
         client.send_request(b"x")
-        sessions = set(batcher._service._sessions)
+        sessions = sessions_of(batcher)
         for _ in range(10):
             client.send_request(b"x")
-            assert batcher._service._sessions == sessions
+            assert sessions_of(batcher) == sessions
 
 
 def test_a_server_that_comes_back_gets_its_share_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pool, "LEAST_RENEWAL_NS", 1_000_000)
-    monkeypatch.setattr(_pool, "MOST_RENEWAL_NS", 1_000_000)
+    monkeypatch.setattr(stream_pool, "MIN_RENEWAL_NS", 1_000_000)
+    monkeypatch.setattr(stream_pool, "MAX_RENEWAL_NS", 1_000_000)
     with three_servers() as batchers, client_of(batchers) as client, callers(client, 6) as send:
         eventually(lambda: set(send()) == {0, 1, 2})
         batchers[0].shutdown()
@@ -226,7 +249,7 @@ def test_a_server_that_comes_back_gets_its_share_again(monkeypatch: pytest.Monke
             eventually(lambda: set(send()) == {0, 1, 2})
 
 
-def test_a_client_that_could_reach_none_of_its_servers_is_answered_once_one_is_back() -> None:
+def test_a_client_that_reached_none_of_its_servers_is_answered_once_one_is_back() -> None:
     with three_servers() as batchers, client_of(batchers) as client:
         client.send_request(b"x")
         for batcher in batchers:
@@ -250,9 +273,7 @@ SERVER_PROGRAM = """
 
 @pytest.mark.usefixtures("_long_lived_streams")
 @pytest.mark.parametrize("end", ["killed", "shut down"])
-def test_a_server_that_ends_costs_one_error_a_stream_of_its_own_at_most_and_the_other_streams_nothing(
-    end: str, tmp_path: Path
-) -> None:
+def test_a_server_that_ends_costs_each_of_its_own_streams_at_most_one_error(end: str, tmp_path: Path) -> None:
     with (
         serving(answering_with(0)) as first,
         serving(answering_with(1)) as second,
@@ -261,7 +282,7 @@ def test_a_server_that_ends_costs_one_error_a_stream_of_its_own_at_most_and_the_
         callers(client, 9) as send,
     ):
         steps = spread(client, send)
-        sessions = {*first._service._sessions, *second._service._sessions}
+        sessions = sessions_of(first, second)
         if end == "killed":
             program.kill()
         else:
@@ -272,11 +293,11 @@ def test_a_server_that_ends_costs_one_error_a_stream_of_its_own_at_most_and_the_
         assert {error.code() for error in errors} <= {UNAVAILABLE}
         assert len(errors) <= steps.count(2)
         assert set(results) - set(errors) == {0, 1}
-        assert sessions <= {*first._service._sessions, *second._service._sessions}
+        assert sessions <= sessions_of(first, second)
 
 
 @pytest.mark.usefixtures("_long_lived_streams")
-def test_while_two_servers_drain_the_third_answers_in_their_place() -> None:
+def test_while_two_servers_drain_the_third_answers() -> None:
     gate = threading.Event()
     gate.set()
     held_batches: list[int] = []
@@ -313,12 +334,13 @@ def test_while_two_servers_drain_the_third_answers_in_their_place() -> None:
             shutdown.result()
 
 
-def test_a_name_of_which_one_address_is_taken_is_a_bind_error() -> None:
-    """gRPC would be content with the other, and callers would reach one server or the other."""
+def test_a_host_name_with_one_address_taken_is_a_bind_error() -> None:
+    """gRPC would listen on the other one, and callers would reach one server or the other."""
     if len({found[4][0] for found in socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)}) < 2:
         pytest.skip("localhost has one address here")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         batcher = create_batcher("repr", 1, 0, port, batch_process_fn=echo, host="localhost")
-        with pytest.raises(BindError, match=f"localhost:{port}: Address already in use"):
+        with pytest.raises(BindError, match=f"localhost:{port}: Address already in use") as caught:
             batcher.start()
+        assert caught.value.errno == errno.EADDRINUSE

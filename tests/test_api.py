@@ -1,4 +1,4 @@
-"""What the public names promise, over a real socket where a server takes part."""
+"""What the public names promise, over a real socket wherever a server is involved."""
 
 from __future__ import annotations
 
@@ -61,19 +61,7 @@ def has_ipv6() -> bool:
 # ---- names and signatures ----
 
 
-def test_the_package_exports_just_what_all_names() -> None:
-    public = {
-        name for name, value in vars(grpc_batcher).items() if not name.startswith("_") and not inspect.ismodule(value)
-    }
-    assert public | {"__version__"} == set(grpc_batcher.__all__)
-
-
-def test_the_modules_of_the_package_are_private_but_for_prometheus() -> None:
-    modules = {name for name, value in vars(grpc_batcher).items() if inspect.ismodule(value)}
-    assert {name for name in modules if not name.startswith("_")} <= {"prometheus"}  # which need not be imported here
-
-
-def test_the_version_is_a_text() -> None:
+def test_the_version_begins_with_two_numbers() -> None:
     assert re.fullmatch(r"\d+\.\d+.*", grpc_batcher.__version__)
 
 
@@ -85,7 +73,7 @@ def test_create_batcher_has_the_wheels_parameters_in_the_wheels_order() -> None:
     assert [parameter.default for parameter in positional[3:5]] == [50051, 16]
 
 
-def test_the_clients_parameters_are_the_wheels() -> None:
+def test_the_client_has_the_wheels_parameters() -> None:
     assert next(iter(inspect.signature(MukoeBatcherClient).parameters)) == "server_address"
     assert list(inspect.signature(MukoeBatcherClient.send_request).parameters)[:3] == ["self", "data", "action"]
 
@@ -97,10 +85,10 @@ def test_the_error_tree_is_as_documented() -> None:
     assert issubclass(RequestError, grpc.RpcError)
 
 
-# ---- the reference's example ----
+# ---- the example of the reference ----
 
 
-def test_the_references_example_answers_to_the_letter() -> None:
+def test_the_reference_example_gets_exactly_the_expected_answer() -> None:
     with (
         create_batcher("repr", 1, 0.001, 0, 16, lambda batch: [({"result": data}, 0) for data in batch]) as batcher,
         MukoeBatcherClient(f"localhost:{batcher.port}") as client,
@@ -110,7 +98,7 @@ def test_the_references_example_answers_to_the_letter() -> None:
         assert repr(result) == "({'result': b'hi'}, 0)"
 
 
-def test_everything_goes_by_keyword() -> None:
+def test_every_argument_may_be_given_by_keyword() -> None:
     with create_batcher(
         model="dyna",
         batch_size=1,
@@ -137,13 +125,13 @@ def test_a_dyna_callback_gets_pairs_and_a_repr_callback_bytes() -> None:
 # ---- the arguments of create_batcher ----
 
 
-def test_an_unknown_model_is_refused_in_the_wheels_words() -> None:
+def test_an_unknown_model_is_refused_with_the_wheels_message() -> None:
     with pytest.raises(ValueError, match=r"\AInvalid model: zzz\Z"):
         new_batcher(model="zzz")
 
 
 @pytest.mark.parametrize("model", [None, 3, ["repr"], "", "Repr", b"repr"])
-def test_a_model_that_is_no_known_text_is_refused(model: Any) -> None:
+def test_a_model_that_is_not_a_known_name_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"Invalid model: {model}")):
         new_batcher(model=model)
 
@@ -173,13 +161,17 @@ def test_a_model_that_is_no_known_text_is_refused(model: Any) -> None:
         ("max_message_bytes", 2**31, "from 1 to"),
         ("max_queue_size", 0, "from 1 to"),
         ("max_queue_size", "many", "an int"),
+        ("max_queue_size", 7, "at least batch_size (8)"),
+        ("max_queue_bytes", 0, "from 1 to"),
+        ("max_queue_bytes", 1.5, "an int"),
+        ("max_queue_bytes", None, "an int"),
         ("max_streams", 0, "from 1 to"),
         ("host", "", "an address"),
         ("host", None, "an address"),
         ("host", b"::1", "an address"),
     ],
 )
-def test_a_bad_argument_is_named_with_its_value_and_what_is_allowed(name: str, value: Any, allowed: str) -> None:
+def test_a_bad_argument_is_refused_with_its_value_and_what_is_allowed(name: str, value: Any, allowed: str) -> None:
     with pytest.raises((ValueError, TypeError)) as caught:
         new_batcher(**{name: value})
     assert str(caught.value).startswith(f"{name} is {value!r};")
@@ -187,7 +179,7 @@ def test_a_bad_argument_is_named_with_its_value_and_what_is_allowed(name: str, v
 
 
 @pytest.mark.parametrize("callback", [None, 3, "echo", [echo]])
-def test_a_callback_that_can_not_be_called_is_refused_with_what_it_should_be(callback: Any) -> None:
+def test_a_callback_that_is_not_callable_is_refused_with_what_it_should_be(callback: Any) -> None:
     with pytest.raises(TypeError) as caught:
         new_batcher(batch_process_fn=callback)
     assert str(caught.value).startswith(f"batch_process_fn is {callback!r};")
@@ -199,7 +191,22 @@ def test_a_missing_callback_is_refused() -> None:
         create_batcher("repr", 8, 0.001)
 
 
-def test_numpy_numbers_are_taken_for_arguments() -> None:
+@pytest.mark.parametrize(("batch_size", "capacity"), [(1, 8192), (4096, 8192), (4097, 8194), (2**20, 2**21)])
+def test_by_default_the_larger_of_8192_requests_and_two_batches_may_wait(batch_size: int, capacity: int) -> None:
+    assert new_batcher(batch_size=batch_size)._room.capacity == capacity
+    assert new_batcher(batch_size=batch_size, max_queue_size=None)._room.capacity == capacity
+
+
+def test_by_default_requests_of_a_gibibyte_may_wait() -> None:
+    assert new_batcher()._room.capacity_bytes == 2**30
+
+
+def test_the_limits_of_the_queue_may_be_as_low_as_one_batch_and_one_byte() -> None:
+    room = new_batcher(batch_size=8, max_queue_size=8, max_queue_bytes=1)._room
+    assert (room.capacity, room.capacity_bytes) == (8, 1)
+
+
+def test_numpy_numbers_are_accepted_as_arguments() -> None:
     with (
         create_batcher("repr", np.int64(2), np.float32(0), np.int32(0), np.int16(4), echo, host="127.0.0.1") as batcher,
         connect(batcher) as client,
@@ -210,7 +217,7 @@ def test_numpy_numbers_are_taken_for_arguments() -> None:
 # ---- the life cycle ----
 
 
-def test_a_batcher_is_ready_when_start_has_returned() -> None:
+def test_a_batcher_is_ready_once_start_returns() -> None:
     batcher = new_batcher()
     assert batcher.is_server_ready() is False
     batcher.start()
@@ -219,14 +226,14 @@ def test_a_batcher_is_ready_when_start_has_returned() -> None:
     assert batcher.is_server_ready() is False
 
 
-def test_a_batcher_starts_once() -> None:
+def test_a_batcher_can_be_started_only_once() -> None:
     with serving() as batcher, connect(batcher) as client:
-        with pytest.raises(RuntimeError, match="started already"):
+        with pytest.raises(RuntimeError, match="already started"):
             batcher.start()
         assert client.send_request(b"x") == answer(b"x")
 
 
-def test_a_batcher_that_was_shut_down_does_not_start_again() -> None:
+def test_a_batcher_cannot_be_started_after_a_shutdown() -> None:
     batcher = new_batcher()
     batcher.start()
     batcher.shutdown()
@@ -234,7 +241,7 @@ def test_a_batcher_that_was_shut_down_does_not_start_again() -> None:
         batcher.start()
 
 
-def test_a_batcher_may_be_shut_down_before_it_was_started_and_is_then_of_no_use() -> None:
+def test_a_batcher_may_be_shut_down_before_it_is_started_and_then_cannot_be() -> None:
     batcher = new_batcher()
     batcher.shutdown()
     assert batcher.is_server_ready() is False
@@ -251,14 +258,14 @@ def test_shutdown_may_be_called_again() -> None:
 
 
 @pytest.mark.parametrize("grace_s", [-1, float("nan"), float("inf"), "1", None])
-def test_a_bad_grace_is_named_with_its_value_and_what_is_allowed(grace_s: Any) -> None:
+def test_a_bad_grace_period_is_refused_with_its_value_and_what_is_allowed(grace_s: Any) -> None:
     with serving() as batcher, connect(batcher) as client:
         with pytest.raises(ValueError, match=re.escape(f"grace_s is {grace_s!r}; it must be a number of seconds")):
             batcher.shutdown(grace_s)
         assert client.send_request(b"x") == answer(b"x")
 
 
-def test_the_callback_may_shut_its_batcher_down_and_its_batch_is_still_answered() -> None:
+def test_a_callback_may_shut_its_batcher_down_and_its_batch_is_still_answered() -> None:
     def answer_and_shut_down(requests: list[bytes]) -> Any:
         batcher.shutdown()
         return echo(requests)
@@ -372,7 +379,7 @@ INTERRUPTED_SHUTDOWN_PROGRAM = """
 """
 
 
-def test_a_signal_handler_may_call_shutdown_while_the_main_thread_is_in_it(tmp_path: Path) -> None:
+def test_a_signal_handler_may_call_shutdown_while_the_main_thread_does(tmp_path: Path) -> None:
     output = run_program(tmp_path, INTERRUPTED_SHUTDOWN_PROGRAM)
     assert output == ["handler done", "({'result': b'x'}, 0)", "over"]
 
@@ -388,7 +395,7 @@ def test_wait_until_ready_returns_once_another_thread_has_started_the_batcher() 
     batcher.shutdown()
 
 
-def test_wait_until_ready_raises_when_its_time_is_over() -> None:
+def test_wait_until_ready_raises_when_it_times_out() -> None:
     batcher = new_batcher()
     with pytest.raises(TimeoutError, match=r"not ready after 0\.01 s"):
         batcher.wait_until_ready(timeout_s=0.01)
@@ -397,7 +404,7 @@ def test_wait_until_ready_raises_when_its_time_is_over() -> None:
     batcher.shutdown()
 
 
-def test_wait_until_ready_raises_when_the_batcher_is_shut_down_before_or_meanwhile() -> None:
+def test_wait_until_ready_raises_if_the_batcher_is_shut_down() -> None:
     batcher = new_batcher()
     wait = in_background(batcher.wait_until_ready)
     batcher.shutdown()
@@ -424,7 +431,7 @@ def test_a_with_statement_shuts_down_when_its_body_raises() -> None:
 # ---- addresses ----
 
 
-def test_port_0_becomes_the_systems_choice() -> None:
+def test_port_0_lets_the_system_choose() -> None:
     batcher = new_batcher()
     assert batcher.port == 0
     batcher.start()
@@ -432,7 +439,7 @@ def test_port_0_becomes_the_systems_choice() -> None:
     batcher.shutdown()
 
 
-def test_a_batcher_listens_on_every_ipv4_interface_unless_told_otherwise() -> None:
+def test_a_batcher_listens_on_every_ipv4_interface_by_default() -> None:
     with (
         create_batcher("repr", 1, 0, port=0, batch_process_fn=echo) as batcher,
         MukoeBatcherClient(f"127.0.0.1:{batcher.port}") as client,
@@ -441,7 +448,7 @@ def test_a_batcher_listens_on_every_ipv4_interface_unless_told_otherwise() -> No
         assert client.send_request(b"x") == another.send_request(b"x") == answer(b"x")
 
 
-def test_a_batcher_on_one_address_is_not_heard_on_another() -> None:
+def test_a_batcher_on_one_address_does_not_listen_on_another() -> None:
     with serving(host="127.0.0.1") as batcher, MukoeBatcherClient(f"127.0.0.2:{batcher.port}") as client:
         assert error_of(client.send_request, b"x").code() is grpc.StatusCode.UNAVAILABLE
 
@@ -472,12 +479,12 @@ def test_a_batcher_never_shares_a_port_with_a_plain_grpc_server() -> None:
         try:
             port = server.add_insecure_port(address_of(batcher))
         except RuntimeError:
-            port = 0  # which older releases return
+            port = 0  # what older releases return
         assert port == 0
         server.stop(None).wait()
 
 
-def test_a_batcher_whose_port_was_in_use_is_not_started_and_starts_when_the_port_is_free() -> None:
+def test_a_batcher_whose_port_was_in_use_can_be_started_once_it_is_free() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -498,22 +505,22 @@ def test_a_batcher_whose_port_was_in_use_is_not_started_and_starts_when_the_port
 def test_a_batcher_that_could_not_bind_may_be_shut_down() -> None:
     with serving() as first:
         second = new_batcher(port=first.port)
-        with pytest.raises(OSError, match="can not listen"):
+        with pytest.raises(OSError, match="cannot listen"):
             second.start()
         second.shutdown()
         with pytest.raises(RuntimeError, match="shut down"):
             second.start()
 
 
-def test_an_address_of_another_machine_can_not_be_had() -> None:
+def test_an_address_of_another_machine_is_a_bind_error() -> None:
     with pytest.raises(BindError, match=r"192\.0\.2\.1"):
         new_batcher(host="192.0.2.1").start()
 
 
-# ---- what a batcher says of itself ----
+# ---- what a batcher says about itself ----
 
 
-def test_a_batchers_repr_says_what_it_serves_where_and_its_state() -> None:
+def test_the_repr_of_a_batcher_says_what_it_serves_where_and_its_state() -> None:
     batcher = new_batcher(model="dyna", batch_size=16, batch_timeout_s=0.005)
     assert repr(batcher) == "<MukoeBatcher 'dyna' on 127.0.0.1:0, batches of 16 within 0.005 s, not started>"
     batcher.start()
@@ -523,7 +530,7 @@ def test_a_batchers_repr_says_what_it_serves_where_and_its_state() -> None:
     assert repr(batcher) == f"{begin} shut down>"
 
 
-def test_a_clients_repr_says_its_address() -> None:
+def test_the_repr_of_a_client_says_its_address() -> None:
     assert repr(MukoeBatcherClient("somewhere:50051")) == "MukoeBatcherClient('somewhere:50051')"
 
 
@@ -537,8 +544,9 @@ def test_metrics_count_requests_by_outcome_and_batches_by_reason() -> None:
         requests = [in_callback(held, client, b"first")]
         requests += [waiting(batcher, client.send_request, data) for data in (b"second", b"third")]
         error_of(client.send_request, b"of the wrong kind", 3)
-        eventually(lambda: batcher.metrics().open_streams == 3)  # that of the refused request ends
+        eventually(lambda: batcher.metrics().open_streams == 3)  # the refused request's stream ends
         assert batcher.metrics().waiting == 2
+        assert batcher.metrics().waiting_bytes == (4 + len(b"second")) + (4 + len(b"third"))
         assert batcher.metrics().requests == {"INVALID_ARGUMENT": 1}
 
         held.release(2)
@@ -547,15 +555,16 @@ def test_metrics_count_requests_by_outcome_and_batches_by_reason() -> None:
         after = batcher.metrics()
         assert after.requests == {"OK": 3, "INVALID_ARGUMENT": 1}
         assert after.batches == {"full": 1, "everyone_in": 0, "timeout": 1, "drain": 0}
-        assert (after.batched_requests, after.mean_batch_size, after.waiting) == (3, 1.5, 0)
+        assert (after.batched_requests, after.mean_batch_size) == (3, 1.5)
+        assert (after.waiting, after.waiting_bytes) == (0, 0)
         client.close()
         eventually(lambda: batcher.metrics().open_streams == 0)
 
 
-def test_a_batch_of_everyone_and_one_on_the_way_out_are_counted_as_such() -> None:
+def test_batches_are_counted_under_drain_timeout_and_everyone_in() -> None:
     with Held() as held, serving(held, batch_timeout_s=1000.0) as batcher, connect(batcher) as client:
         held.release()
-        stranger = waiting(batcher, client.send_request, b"first")  # a first request waits out its window
+        stranger = waiting(batcher, client.send_request, b"first")  # a new caller's request waits for its window
         shutdown = in_background(batcher.shutdown, grace_s=60)
         assert stranger.result() == answer(b"first")
         shutdown.result()
@@ -563,13 +572,34 @@ def test_a_batch_of_everyone_and_one_on_the_way_out_are_counted_as_such() -> Non
     with serving(batch_size=2, batch_timeout_s=0.01) as batcher, connect(batcher) as client:
         for data in (b"first", b"second"):
             client.send_request(data)
-        # Either the second came within a second of the first one's answer, or it waited alone.
+        # The second leaves early only if it came within a second of the first one's answer.
         batches = batcher.metrics().batches
         assert batches["timeout"] >= 1
         assert batches["timeout"] + batches["everyone_in"] == 2
 
 
-def test_metrics_can_not_be_changed() -> None:
+def test_without_leave_early_every_batch_that_is_not_full_waits_for_its_window() -> None:
+    with (
+        serving(batch_size=2, batch_timeout_s=0.01, leave_early=False) as batcher,
+        connect(batcher) as client,
+    ):
+        for number in range(10):
+            client.send_request(b"%d" % number)
+        assert batcher.metrics().batches == {"full": 0, "everyone_in": 0, "timeout": 10, "drain": 0}
+
+
+def test_without_leave_early_a_full_batch_still_leaves_at_once() -> None:
+    with (
+        serving(batch_size=2, batch_timeout_s=1000.0, leave_early=False) as batcher,
+        connect(batcher) as client,
+    ):
+        for _ in range(3):
+            for request in [in_background(client.send_request, b"x") for _ in range(2)]:
+                assert request.result() == answer(b"x")
+        assert batcher.metrics().batches == {"full": 3, "everyone_in": 0, "timeout": 0, "drain": 0}
+
+
+def test_metrics_are_immutable() -> None:
     with serving() as batcher, connect(batcher) as client:
         client.send_request(b"x")
         metrics = batcher.metrics()
@@ -584,9 +614,9 @@ def test_metrics_can_not_be_changed() -> None:
         assert batcher.metrics().requests == {"OK": 2}
 
 
-def test_the_mean_times_are_those_of_the_stages() -> None:
+def test_the_mean_durations_of_the_stages_fit_into_the_whole() -> None:
     with serving(batch_size=2, batch_timeout_s=0.02) as batcher, connect(batcher) as client:
-        client.send_request(b"a first request waits out the window")
+        client.send_request(b"waits for its window, as a new caller's request does")
         metrics = batcher.metrics()
         assert metrics.mean_waiting_ms is not None
         assert metrics.mean_callback_ms is not None
@@ -599,7 +629,7 @@ def test_the_mean_times_are_those_of_the_stages() -> None:
         assert metrics.mean_end_to_end_ms >= stages - 1e-6
 
 
-def test_with_track_metrics_off_nothing_is_timed_but_all_is_counted() -> None:
+def test_without_track_metrics_everything_is_counted_and_nothing_timed() -> None:
     with serving(track_metrics=False) as batcher, connect(batcher) as client:
         client.send_request(b"x")
         metrics = batcher.metrics()
@@ -617,7 +647,7 @@ def test_with_track_metrics_off_nothing_is_timed_but_all_is_counted() -> None:
         }
 
 
-def test_the_summary_prints_counts_and_mean_times_in_ms_with_fractions(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_prints_counts_and_mean_durations_in_ms(capsys: pytest.CaptureFixture[str]) -> None:
     with serving() as batcher, connect(batcher) as client:
         client.send_request(b"x")
         client.send_request(b"y")
@@ -632,7 +662,7 @@ def test_the_summary_prints_counts_and_mean_times_in_ms_with_fractions(capsys: p
         assert re.search(rf"{stage}: +\d+\.\d\d", text), text
 
 
-def test_the_summary_of_a_batcher_that_times_nothing_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_says_if_durations_are_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
     with serving(track_metrics=False) as batcher, connect(batcher) as client:
         client.send_request(b"x")
         batcher.print_batcher_summary()
@@ -681,7 +711,7 @@ def test_data_arrives_as_its_bytes(data: Any, received: bytes) -> None:
             assert type(result[0]["result"]) is bytes
 
 
-def test_data_may_change_once_its_answer_is_there() -> None:
+def test_data_may_be_changed_once_its_answer_has_arrived() -> None:
     with serving() as batcher, connect(batcher) as client:
         data = bytearray(b"first")
         first = client.send_request(data)
@@ -690,7 +720,7 @@ def test_data_may_change_once_its_answer_is_there() -> None:
 
 
 @pytest.mark.parametrize("data", [None, 3, 1.5, [1, 2], {"a": 1}, {1}], ids=repr)
-def test_data_without_bytes_is_refused_before_anything_is_sent(data: Any) -> None:
+def test_data_without_a_buffer_is_refused_before_anything_is_sent(data: Any) -> None:
     with serving() as batcher, connect(batcher) as client:
         with pytest.raises(TypeError, match=r"\Adata is ") as caught:
             client.send_request(data)
@@ -715,14 +745,14 @@ def test_an_action_outside_int32_is_refused_before_anything_is_sent(action: Any)
 
 
 @pytest.mark.parametrize("action", ["3", 1.5, b"3", [3], object()])
-def test_an_action_that_is_no_int_is_refused_before_anything_is_sent(action: Any) -> None:
+def test_an_action_that_is_not_an_int_is_refused_before_anything_is_sent(action: Any) -> None:
     with serving(model="dyna") as batcher, connect(batcher) as client:
         with pytest.raises(TypeError, match=r"\Aaction is "):
             client.send_request(b"x", action)
         assert batcher.metrics().open_streams == 0
 
 
-def test_an_argument_that_no_model_has_is_refused_before_anything_is_sent() -> None:
+def test_an_argument_that_no_model_takes_is_refused_before_anything_is_sent() -> None:
     with serving() as batcher, connect(batcher) as client:
         with pytest.raises(TypeError, match="temperature"):
             client.send_request(b"x", temperature=0.5)
@@ -743,11 +773,11 @@ def test_a_request_may_have_any_time_limit_above_0(timeout_s: Any) -> None:
         assert client.send_request(b"x", timeout_s=timeout_s) == answer(b"x")
 
 
-def test_a_huge_time_limit_leaves_others_their_own() -> None:
+def test_a_huge_time_limit_does_not_affect_other_time_limits() -> None:
     with Held() as held, serving(held) as batcher, connect(batcher) as client, connect(batcher) as another:
         long = in_callback(held, client, b"long", timeout_s=1e10)
         for _ in range(2):
-            # One that ends before its limit, and then, when that is past, one that does not.
+            # One request that ends before its time limit, then one that does not.
             error_of(client.send_request, b"of the wrong kind", 3, timeout_s=0.05)
             for sender in (another, client):
                 error = error_of(sender.send_request, b"short", timeout_s=0.1)
@@ -757,19 +787,19 @@ def test_a_huge_time_limit_leaves_others_their_own() -> None:
 
 
 @pytest.mark.parametrize("address", [None, "", 50051, b"localhost:50051"])
-def test_a_server_address_that_is_no_text_is_refused(address: Any) -> None:
+def test_a_server_address_that_is_not_text_is_refused(address: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=re.escape(f"server_address is {address!r}; it must be")):
         MukoeBatcherClient(address)
 
 
 @pytest.mark.parametrize("limit", [0, -1, 2**31, 1.5, "1", None])
-def test_a_bad_limit_for_answers_is_refused(limit: Any) -> None:
+def test_a_bad_max_message_bytes_is_refused_by_a_client(limit: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=re.escape(f"max_message_bytes is {limit!r}; it must be")):
         MukoeBatcherClient("localhost:50051", max_message_bytes=limit)
 
 
 @pytest.mark.parametrize("arguments", [{"credentials": "x"}, {"interceptors": [grpc.ServerInterceptor]}])
-def test_credentials_and_interceptors_of_another_type_are_refused(arguments: Any) -> None:
-    """A class in place of its instance would start, and fail every request."""
+def test_credentials_and_interceptors_of_the_wrong_type_are_refused(arguments: Any) -> None:
+    """A class instead of its instance would otherwise start, and then fail every request."""
     with pytest.raises(TypeError, match=next(iter(arguments))):
         create_batcher("repr", 1, 0, 0, batch_process_fn=echo, **arguments)

@@ -1,4 +1,4 @@
-"""What callbacks may do with their list and their results, beside what `test_outcomes.py` shows over a socket."""
+"""What callbacks may do with their list and their results. More over a socket: `test_outcomes.py`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from serving import answer, connect, echo, error_of, eventually, in_background, serving
 
+from grpc_batcher._models import Answer
 from grpc_batcher._server.callback import Failure, outcomes_of
 from grpc_batcher._server.delivery import Delivery
-from grpc_batcher._models import Answer
 
 
 def consumed(requests: list[Any]) -> list[Any]:
@@ -38,13 +38,13 @@ def test_a_callback_may_consume_or_pad_its_list(callback: Any) -> None:
 
 
 @pytest.mark.parametrize("callback", [lambda requests: requests.clear() or [], lambda requests: 1 / len(requests[9:])])
-def test_a_callback_that_spoils_its_list_and_fails_fails_each_request_once(callback: Any) -> None:
+def test_a_callback_that_empties_its_list_and_fails_still_fails_each_request_once(callback: Any) -> None:
     outcomes = outcomes_of(callback, [b"a", b"b"])
     assert len(outcomes) == 2
     assert all(isinstance(outcome, Failure) for outcome in outcomes)
 
 
-def test_a_sequence_that_yields_more_than_it_says_fails_the_batch() -> None:
+def test_a_sequence_that_yields_more_than_its_length_fails_the_batch() -> None:
     class Liar(Sequence[Any]):
         def __len__(self) -> int:
             return 1
@@ -55,10 +55,10 @@ def test_a_sequence_that_yields_more_than_it_says_fails_the_batch() -> None:
             return {}, 0
 
     (outcome,) = outcomes_of(lambda requests: Liar(), [b"a"])
-    assert outcome == Failure("the callback must return one result per request; its Liar has 3")
+    assert outcome == Failure("the callback must return one result per request; its Liar holds 3")
 
 
-def test_numpys_bytes_and_text_are_taken_for_what_they_are() -> None:
+def test_numpys_bytes_and_str_are_accepted_as_bytes_and_str() -> None:
     result = ({np.str_("key"): np.bytes_(b"value")}, np.int64(3))
     (outcome,) = outcomes_of(lambda requests: [result], [b"a"])
     assert outcome == Answer({"key": b"value"}, 3)
@@ -66,8 +66,8 @@ def test_numpys_bytes_and_text_are_taken_for_what_they_are() -> None:
         assert client.send_request(b"x") == ({"key": b"value"}, 3)
 
 
-def test_replies_go_out_where_no_further_thread_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With more callers than a batch holds, the replies are for the second thread."""
+def test_replies_are_sent_even_if_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more callers than a batch holds, a second thread would send the replies."""
     started = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
@@ -87,7 +87,7 @@ def test_replies_go_out_where_no_further_thread_can_be_had(monkeypatch: pytest.M
             request.result()
 
 
-def test_a_reply_that_can_not_be_sent_does_not_stop_the_others() -> None:
+def test_a_reply_that_cannot_be_sent_does_not_stop_the_others() -> None:
     class Room:
         @staticmethod
         def is_due() -> bool:
@@ -97,12 +97,9 @@ def test_a_reply_that_can_not_be_sent_does_not_stop_the_others() -> None:
         def __init__(self, fails: bool) -> None:
             self.fails = fails
             self.delivered = False
+            self.stream = object()
 
-        @property
-        def transport(self) -> Owner:
-            return self
-
-        def send_reply(self, ticket: Any) -> None:
+        def deliver(self, ticket: Any) -> None:
             if self.fails:
                 raise ValueError("broken")
             self.delivered = True
@@ -116,18 +113,18 @@ def test_a_reply_that_can_not_be_sent_does_not_stop_the_others() -> None:
     assert owners[1].delivered
 
 
-def test_a_callback_that_asks_its_own_batcher_runs_out_of_its_time_and_wedges_nothing() -> None:
-    """It runs alone, so nobody can answer it before it returns."""
+def test_a_callback_that_calls_its_own_batcher_times_out_and_blocks_nothing() -> None:
+    """Batches run one at a time, so its own request is not answered before it returns."""
     codes = []
 
-    def ask_the_batcher_itself(requests: list[bytes]) -> Any:
+    def call_its_own_batcher(requests: list[bytes]) -> Any:
         if b"outer" in requests:
             for _ in range(3):
                 codes.append(error_of(inner_client.send_request, b"inner", timeout_s=0.05).code())
-                eventually(lambda: batcher.metrics().waiting == 0)  # the server has heard of it, too
+                eventually(lambda: batcher.metrics().waiting == 0)  # the server has noticed as well
         return echo(requests)
 
-    with serving(ask_the_batcher_itself) as batcher, connect(batcher) as client, connect(batcher) as inner_client:
+    with serving(call_its_own_batcher) as batcher, connect(batcher) as client, connect(batcher) as inner_client:
         for _ in range(2):
             assert client.send_request(b"outer") == answer(b"outer")
             assert inner_client.send_request(b"after") == answer(b"after")
@@ -135,7 +132,7 @@ def test_a_callback_that_asks_its_own_batcher_runs_out_of_its_time_and_wedges_no
         assert batcher.metrics().batched_requests == 4
 
 
-def test_a_callback_may_ask_another_batcher() -> None:
+def test_a_callback_may_call_another_batcher() -> None:
     with serving() as second, connect(second) as client_of_second:
 
         def pass_on(requests: list[bytes]) -> Any:
@@ -146,16 +143,16 @@ def test_a_callback_may_ask_another_batcher() -> None:
             assert [request.result() for request in asked] == [answer(b"%d" % number) for number in range(20)]
 
 
-class LeavesThroughItems(dict[str, bytes]):
+class ExitsWhenRead(dict[str, bytes]):
     def items(self) -> Any:
         raise SystemExit("from a result")
 
 
-def test_a_result_that_raises_system_exit_when_it_is_read_fails_its_request_alone() -> None:
-    def some_leave(requests: list[bytes]) -> Any:
-        return [(LeavesThroughItems() if data == b"bad" else {"result": data}, 0) for data in requests]
+def test_a_result_that_raises_system_exit_when_read_fails_only_its_own_request() -> None:
+    def some_exit(requests: list[bytes]) -> Any:
+        return [(ExitsWhenRead() if data == b"bad" else {"result": data}, 0) for data in requests]
 
-    with serving(some_leave) as batcher, connect(batcher) as client:
+    with serving(some_exit) as batcher, connect(batcher) as client:
         error = error_of(client.send_request, b"bad")
         assert error.code() is grpc.StatusCode.INTERNAL
         assert "SystemExit: from a result" in error.details()
@@ -167,7 +164,7 @@ class BrokenHandler(logging.Handler):
         raise OSError("no space left on the log's disk")
 
 
-def test_a_handler_of_the_log_that_raises_does_not_end_the_batch_thread() -> None:
+def test_a_log_handler_that_raises_does_not_end_the_batch_thread() -> None:
     def some_fail(requests: list[bytes]) -> Any:
         if b"bad" in requests:
             raise ValueError("bad")

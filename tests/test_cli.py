@@ -1,4 +1,4 @@
-"""The command line, as a user has it: processes, their lines and their status."""
+"""The command line as a user sees it: processes, what they print, and their exit status."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from serving import (
 )
 
 from grpc_batcher import MukoeBatcherClient, create_batcher
-from grpc_batcher._cli import command as _cli
+from grpc_batcher._cli.command import command as grpc_batcher_command
 from grpc_batcher._cli.report import Point, knee
 
 SERVE = ("--batch-size", "4", "--batch-timeout-s", "0", "--host", "127.0.0.1", "--port", "0")
@@ -63,7 +63,7 @@ def echo_action(requests):
 
 
 def hold(requests):
-    "Wait until the file `released` is there."
+    "Wait until the file `released` exists."
     while not pathlib.Path("released").exists():
         time.sleep(0.002)
     return echo(requests)
@@ -83,7 +83,7 @@ token = Token()
 
 
 def write_modules(folder: Path) -> None:
-    """Modules to serve from, and some that can not be."""
+    """Write modules that can be served, and some that cannot."""
     (folder / "functions.py").write_text(FUNCTIONS)
     (folder / "broken.py").write_text("import nosuchmodule")
     (folder / "exits.py").write_text("raise SystemExit('two\\nlines')")
@@ -91,7 +91,7 @@ def write_modules(folder: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with the modules."""
+    """A folder that contains the modules."""
     write_modules(tmp_path)
     return tmp_path
 
@@ -120,7 +120,7 @@ def start(
 
 
 def run(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> tuple[int, str, str]:
-    """Run the command line to its end; its status, and what it wrote to stdout and stderr."""
+    """Run the command line; return its status, stdout and stderr."""
     with start(folder, *arguments, environment=environment) as program:
         return finish_program(program)
 
@@ -129,12 +129,12 @@ def run(folder: Path, *arguments: str, environment: dict[str, str] | None = None
 def command_serving(
     folder: Path, *arguments: str, environment: dict[str, str] | None = None, status: int = 0
 ) -> Iterator[tuple[Program, str]]:
-    """A server that `serve` started, and its address; SIGTERM ends it, with this status."""
+    """Run `serve`. Yields the program and its address; SIGTERM must then end it with this status."""
     with start(folder, "serve", *arguments, environment=environment) as program:
         line = program.read_line()
         said = re.fullmatch(r"serving '\w+' on (.+)", line)
         if not said:
-            raise AssertionError(f"it wrote {line!r}: {finish_program(program)}")
+            raise AssertionError(f"it printed {line!r}: {finish_program(program)}")
         yield program, said[1]
         if program.poll() is None:
             program.send_signal(signal.SIGTERM)
@@ -150,7 +150,7 @@ def taken_port() -> Iterator[int]:
 
 
 def free_port() -> int:
-    """A port on which nobody listens; the socket that had it is closed."""
+    """Return a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -158,13 +158,11 @@ def free_port() -> int:
 
 # ---- help ----
 
-COMMANDS = {command.name: command for command in _cli.command.commands.values()}
+COMMANDS = {command.name: command for command in grpc_batcher_command.commands.values()}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_of_a_command_says_of_each_option_what_it_is_and_which_variable_gives_it(
-    name: str, folder: Path
-) -> None:
+def test_the_help_of_a_command_describes_each_option_and_names_its_variable(name: str, folder: Path) -> None:
     status, output, errors = run(folder, name, "--help")
     assert (status, errors) == (0, "")
     said = "".join(output.split())
@@ -182,22 +180,24 @@ def test_the_help_of_a_command_says_of_each_option_what_it_is_and_which_variable
 
 
 def test_serve_has_an_option_for_every_parameter_of_create_batcher_with_its_default() -> None:
-    parameters = dict(inspect.signature(create_batcher).parameters)
     options = {option.name: option for option in COMMANDS["serve"].params}
+    required = {"functions:echo", "--model=repr", "--batch-size=1", "--batch-timeout-s=0"}
+    parsed = COMMANDS["serve"].make_context("serve", sorted(required, reverse=True)).params
     given_otherwise = {"num_threads", "batch_process_fn", "credentials", "interceptors", "health"}
-    for name in set(parameters) - given_otherwise:
-        assert options[name].required == (parameters[name].default is inspect.Parameter.empty)
-        assert options[name].required or options[name].default == parameters[name].default
+    for name, parameter in inspect.signature(create_batcher).parameters.items():
+        if name not in given_otherwise:
+            assert options[name].required == (parameter.default is inspect.Parameter.empty), name
+            assert options[name].required or parsed[name] == parameter.default, name
     assert "health" in options
 
 
-def test_without_a_command_it_shows_the_commands_and_ends_with_2(folder: Path) -> None:
+def test_without_a_command_it_lists_the_commands_and_exits_with_2(folder: Path) -> None:
     status, output, errors = run(folder)
     assert (status, output) == (2, "")
     assert all(f"\n  {name} " in errors for name in COMMANDS)
 
 
-def test_the_command_lines_in_the_readme_have_only_options_that_there_are() -> None:
+def test_the_command_lines_in_the_readme_use_only_options_that_exist() -> None:
     text = (Path(__file__).parent.parent / "README.md").read_text()
     lines = re.findall(r"^grpc-batcher (\w+) ([^#\n]*)", text, re.MULTILINE)
     assert {name for name, _ in lines} == set(COMMANDS)
@@ -206,12 +206,12 @@ def test_the_command_lines_in_the_readme_have_only_options_that_there_are() -> N
         assert context.params
 
 
-def test_the_installed_command_does_the_same_and_finds_functions_in_the_current_folder(
+def test_the_installed_script_finds_functions_in_the_current_folder(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     ((module, function),) = re.findall(r'^grpc-batcher = "([\w.]+):(\w+)"$', text, re.MULTILINE)
-    script = tmp_path_factory.mktemp("bin") / "grpc-batcher"  # as pip makes it
+    script = tmp_path_factory.mktemp("bin") / "grpc-batcher"  # like the one that pip installs
     script.write_text(
         f"import sys\nfrom {module} import {function}\nif __name__ == '__main__':\n    sys.exit({function}())"
     )
@@ -227,7 +227,7 @@ def test_the_installed_command_does_the_same_and_finds_functions_in_the_current_
     assert "Knee: 1 caller (" in output
 
 
-def test_the_version_is_no_setting_that_the_environment_could_hold(folder: Path) -> None:
+def test_the_version_option_has_no_environment_variable(folder: Path) -> None:
     status, _, errors = run(folder, "serve", environment={"GRPC_BATCHER_VERSION": "7.1"})
     assert (status, errors) == (2, "grpc-batcher serve: Missing argument 'MODULE:FUNCTION'.\n")
 
@@ -240,60 +240,71 @@ ERRORS = [
     (["serve", "functions:echo", "--model", "zzz"], "'zzz'"),
     (["serve", *REPR, "--nosuch"], "--nosuch"),
     (["serve", "functions", *REPR[1:]], "'functions' is not of the form package.module:object"),
-    (["serve", "nosuchmodule:f", *REPR[1:]], "can not import 'nosuchmodule': ModuleNotFoundError"),
-    (["serve", "broken:f", *REPR[1:]], "can not import 'broken': ModuleNotFoundError: No module named 'nosuchmodule'"),
-    (["serve", "exits:f", *REPR[1:]], "can not import 'exits': SystemExit: two lines"),
+    (["serve", "nosuchmodule:f", *REPR[1:]], "cannot import 'nosuchmodule': ModuleNotFoundError"),
+    (["serve", "broken:f", *REPR[1:]], "cannot import 'broken': ModuleNotFoundError: No module named 'nosuchmodule'"),
+    (["serve", "exits:f", *REPR[1:]], "cannot import 'exits': SystemExit: two lines"),
     (["serve", "functions:nosuch", *REPR[1:]], "'functions' has no 'nosuch'"),
-    (["serve", "functions:number", *REPR[1:]], "'functions:number' is 3, which can not be called"),
+    (["serve", "functions:number", *REPR[1:]], "'functions:number' is 3, which is not callable"),
     (["serve", *REPR, "--batch-size", "0"], "--batch-size is 0; it must be an int from 1"),
+    (["serve", *REPR, "--max-queue-size", "3"], "--max-queue-size is 3; it must be at least batch_size (4)"),
+    (["serve", *REPR, "--max-queue-bytes", "0"], "--max-queue-bytes is 0; it must be an int from 1"),
     (["serve", *REPR, "--batch-timeout-s", "nan"], "--batch-timeout-s is nan; it must be a number of seconds"),
-    (["serve", *REPR, "--grace-s", "inf"], "'inf' is no number of seconds"),
-    (["serve", *REPR, "--host", "nosuch.invalid"], "can not listen on nosuch.invalid:0"),
-    (["serve", *REPR, "--host", "unix:/nosuch/socket"], "can not listen on unix:/nosuch/socket"),
+    (["serve", *REPR, "--grace-s", "inf"], "'inf' is not a number of seconds from 0 to"),
+    (["serve", *REPR, "--host", "nosuch.invalid"], "cannot listen on nosuch.invalid:0"),
+    (
+        ["serve", *REPR, "--host", "unix:/nosuch/socket"],
+        "cannot listen on unix:/nosuch/socket: the folder /nosuch does not exist",
+    ),
     (["serve", *REPR, "--interceptor", "functions:echo"], "'functions:echo' is <function echo"),
     (["serve", *REPR, "--tls-cert", "nosuch.pem"], "File 'nosuch.pem' does not exist"),
     (["serve", *REPR, "--tls-key", "broken.py"], "--tls-cert and --tls-key go together"),
-    (["serve", *REPR, "--tls-cert", "broken.py", "--tls-key", "broken.py"], "--tls-cert broken.py: no PEM cert"),
+    (
+        ["serve", *REPR, "--tls-cert", "broken.py", "--tls-key", "broken.py"],
+        "--tls-cert broken.py: it contains no readable PEM cert",
+    ),
     (["serve", *REPR, "--tls-client-ca", "broken.py"], "--tls-client-ca needs --tls-cert"),
-    (["serve", *REPR, "--port", "50999", "--metrics-port", "50999"], "--metrics-port 50999 is --port, too"),
+    (
+        ["serve", *REPR, "--port", "50999", "--metrics-port", "50999"],
+        "--metrics-port and --port are both 50999; they must differ",
+    ),
     (["bench", "localhost"], "'localhost' has no port"),
     (["bench", "localhost:65537"], "'localhost:65537' has a port above 65535"),
     (["check", "localhost:1", "--metadata", "a b=x"], "the key 'a b'"),
-    (["check", "localhost:1", "--metadata", "a-bin=x"], "a str for 'a-bin'; such a key takes bytes"),
+    (["check", "localhost:1", "--metadata", "a-bin=x"], "a str for 'a-bin'; '-bin' keys take bytes"),
     (["bench", "nosuch.invalid:1"], "'nosuch.invalid:1' does not resolve"),
-    (["bench", "localhost:1", "--callers", "1,0"], "'1,0' is no list of numbers above 0"),
-    (["bench", "localhost:1", "--callers", "few"], "'few' is no list of numbers above 0"),
-    (["bench", "localhost:1", "--duration-s", "0"], "'0' is no number of seconds above 0"),
-    (["bench", "localhost:1", "--metadata", "sesame"], "what was given is not of the form key=value"),
+    (["bench", "localhost:1", "--callers", "1,0"], "'1,0' is not a list of numbers above 0"),
+    (["bench", "localhost:1", "--callers", "few"], "'few' is not a list of numbers above 0"),
+    (["bench", "localhost:1", "--duration-s", "0"], "'0' is not a number of seconds above 0"),
+    (["bench", "localhost:1", "--metadata", "sesame"], "the value is not of the form key=value"),
     (["bench", "localhost:1", "--action", "9999999999"], "9999999999"),
     (["bench", "localhost:1", "--payload-file", "nosuch"], "'nosuch' does not exist"),
-    (["bench", "localhost:1", "--json", "nosuch/a.json"], "--json nosuch/a.json: there is no folder nosuch"),
-    (["bench", "localhost:1", "--picture", "a.txt"], "--picture a.txt: its name must end in one of"),
-    (["bench", "localhost:1", "--tls-ca", "broken.py"], "--tls-ca broken.py: no PEM certificates"),
+    (["bench", "localhost:1", "--json", "nosuch/a.json"], "--json nosuch/a.json: the folder nosuch does not exist"),
+    (["bench", "localhost:1", "--picture", "a.txt"], "--picture a.txt: its name must end with one of"),
+    (["bench", "localhost:1", "--tls-ca", "broken.py"], "--tls-ca broken.py: it contains no readable PEM certificates"),
     (["check", "localhost"], "'localhost' has no port"),
     (["check", "nosuch.invalid:1"], "'nosuch.invalid:1' does not resolve"),
-    (["check", "localhost:1", "--timeout-s", "-1"], "'-1' is no number of seconds above 0"),
+    (["check", "localhost:1", "--timeout-s", "-1"], "'-1' is not a number of seconds above 0"),
     (["check", "localhost:1", "--tls-cert", "broken.py"], "--tls-cert and --tls-key go together"),
 ]
 
 
-# All command lines of ERRORS in one process, or most of the time would go into importing gRPC. A mark on stderr parts
-# what they wrote there, also what came past Python.
+# Runs all command lines of ERRORS in one process, because importing gRPC takes most of the time. Marks on stderr
+# separate what each wrote there, including what did not go through Python.
 RUN_ALL = """\
 import json, sys
 
-from grpc_batcher._cli import command as _cli
+from grpc_batcher._cli import command
 
 sys.stderr.reconfigure(line_buffering=True)
 for arguments in json.load(sys.stdin):
-    print(_cli.run(arguments), flush=True)
+    print(command.run(arguments), flush=True)
     print("MARK", file=sys.stderr)
 """
 
 
 @pytest.fixture(scope="module")
 def error_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
-    """The status and the lines on stderr of each command line of ERRORS."""
+    """The status of each command line of ERRORS, and what it wrote to stderr."""
     folder = tmp_path_factory.mktemp("errors")
     write_modules(folder)
     with start_program(folder, RUN_ALL) as program:
@@ -304,38 +315,38 @@ def error_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[s
 
 
 @pytest.mark.parametrize(("arguments", "message"), [(" ".join(arguments), message) for arguments, message in ERRORS])
-def test_what_can_not_be_done_ends_with_2_and_one_line_that_names_it(
+def test_a_failure_prints_one_line_and_exits_with_2(
     arguments: str, message: str, error_results: dict[str, tuple[str, str]]
 ) -> None:
     status, errors = error_results[arguments]
     assert status == "2"
     assert message in errors
-    assert re.fullmatch(r"grpc-batcher.*: .+\n", errors)  # one line: the dot takes no other end
+    assert re.fullmatch(r"grpc-batcher.*: .+\n", errors)  # one line: a dot matches no newline
 
 
-def test_a_port_in_use_ends_serve_with_2_and_one_line(folder: Path) -> None:
+def test_serve_prints_one_line_and_exits_with_2_if_its_port_is_in_use(folder: Path) -> None:
     with taken_port() as port:
         status, output, errors = run(folder, "serve", *REPR, "--port", str(port))
     assert (status, output) == (2, "")
-    assert re.fullmatch(rf"grpc-batcher serve: can not listen on 127.0.0.1:{port}: .+ in use\n", errors)
+    assert re.fullmatch(rf"grpc-batcher serve: cannot listen on 127.0.0.1:{port}: .+ in use\n", errors)
 
 
-def test_a_metrics_port_in_use_ends_serve_with_2_and_one_line_before_it_serves(folder: Path) -> None:
+def test_serve_prints_one_line_and_exits_with_2_if_its_metrics_port_is_in_use(folder: Path) -> None:
     with taken_port() as port:
         arguments = ("serve", *REPR, "--metrics-host", "127.0.0.1", "--metrics-port", str(port))
         status, output, errors = run(folder, *arguments)
     assert (status, output) == (2, "")
-    assert re.fullmatch(rf"grpc-batcher serve: --metrics-port: can not listen on 127.0.0.1:{port}: .+ in use\n", errors)
+    assert re.fullmatch(rf"grpc-batcher serve: --metrics-port: cannot listen on 127.0.0.1:{port}: .+ in use\n", errors)
 
 
-def test_bench_ends_with_2_and_one_line_where_no_server_is(folder: Path) -> None:
+def test_bench_prints_one_line_and_exits_with_2_if_there_is_no_server(folder: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     status, output, errors = run(folder, "bench", address)
     assert (status, output) == (2, "")
-    assert re.fullmatch(rf"grpc-batcher bench: {address} gave no answer: UNAVAILABLE: .+\n", errors)
+    assert re.fullmatch(rf"grpc-batcher bench: {address} did not answer: UNAVAILABLE: .+\n", errors)
 
 
-def test_where_an_import_failed_is_shown_with_the_log_level_debug(folder: Path) -> None:
+def test_log_level_debug_shows_where_an_import_failed(folder: Path) -> None:
     status, _, errors = run(folder, "serve", "broken:f", *REPR[1:], "--log-level", "debug")
     assert status == 2
     assert "Traceback" in errors
@@ -361,7 +372,7 @@ runpy.run_module("grpc_batcher", run_name="__main__", alter_sys=True)
         ("matplotlib", "bench", ["bench", "localhost:1", "--picture", "a.png"]),
     ],
 )
-def test_what_needs_an_extra_that_is_not_installed_says_what_to_install(
+def test_a_command_that_needs_a_missing_extra_says_what_to_install(
     module: str, extra: str, arguments: list[str], folder: Path
 ) -> None:
     with start_program(folder, WITHOUT, module, *arguments) as program:
@@ -371,7 +382,7 @@ def test_what_needs_an_extra_that_is_not_installed_says_what_to_install(
     assert errors.count("\n") == 1
 
 
-def test_serve_needs_no_extra_but_its_own(folder: Path) -> None:
+def test_serve_works_without_the_health_extra(folder: Path) -> None:
     with start_program(folder, WITHOUT, "grpc_health", "serve", *REPR) as program:
         address = program.read_line().rpartition(" ")[2]
         with MukoeBatcherClient(address) as client:
@@ -397,7 +408,7 @@ def test_serve_serves_dyna_on_a_unix_socket(folder: Path) -> None:
         assert client.send_request(b"hi", 3) == ({"result": b"hi"}, 3)
 
 
-def test_every_setting_may_come_from_the_environment_and_the_command_line_wins(folder: Path) -> None:
+def test_options_may_come_from_the_environment_and_the_command_line_wins(folder: Path) -> None:
     environment = {
         "GRPC_BATCHER_SERVE_FUNCTION": "functions:echo_action",
         "GRPC_BATCHER_SERVE_MODEL": "dyna",
@@ -416,13 +427,13 @@ def test_every_setting_may_come_from_the_environment_and_the_command_line_wins(f
     assert asked[::2] == (1, f"{address}: the server has no health service\n")
 
 
-def test_a_bad_setting_in_the_environment_is_an_error_like_another(folder: Path) -> None:
+def test_a_bad_value_in_the_environment_is_reported_like_a_bad_option(folder: Path) -> None:
     status, _, errors = run(folder, "serve", *REPR, environment={"GRPC_BATCHER_SERVE_GRACE_S": "soon"})
     assert status == 2
-    assert re.fullmatch(r"grpc-batcher serve: .*'--grace-s'.*'soon' is no number of seconds.*\n", errors)
+    assert re.fullmatch(r"grpc-batcher serve: .*'--grace-s'.*'soon' is not a number of seconds.*\n", errors)
 
 
-def test_an_interceptor_decides_who_may_send(folder: Path) -> None:
+def test_an_interceptor_decides_who_is_served(folder: Path) -> None:
     with command_serving(folder, *REPR, "--interceptor", "functions:token") as (_, address):
         with MukoeBatcherClient(address) as client:
             assert error_of(client.send_request, b"hi").code() is grpc.StatusCode.UNAUTHENTICATED
@@ -434,7 +445,7 @@ def test_an_interceptor_decides_who_may_send(folder: Path) -> None:
 
 
 def metrics_of(url: str) -> dict[str, float]:
-    """The samples of a scrape by their name, those of all labels together."""
+    """Return the samples of a scrape by name, added up over all labels."""
     with urllib.request.urlopen(url) as response:
         lines = [line for line in response.read().decode().splitlines() if line and line[0] != "#"]
     samples: Counter[str] = Counter()
@@ -444,11 +455,11 @@ def metrics_of(url: str) -> dict[str, float]:
     return dict(samples)
 
 
-METRICS = ("--metrics-host", "127.0.0.1", "--metrics-port", "0")
+METRICS = ("--metrics-port", "0")
 
 
 def serving_lines(program: Program) -> tuple[str, str]:
-    """Where the metrics and the server of a `serve` with METRICS are."""
+    """Return the URL of the metrics and the address of a `serve` with METRICS."""
     first, second = program.read_line(), program.read_line()
     url = re.fullmatch(r"metrics on (http://127\.0\.0\.1:\d+/metrics)", first)
     address = re.fullmatch(r"serving 'repr' on (.+)", second)
@@ -458,7 +469,7 @@ def serving_lines(program: Program) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_under_load_ends_with_0_once_what_was_taken_in_is_answered(
+def test_after_a_signal_under_load_serve_answers_what_it_took_in_and_exits_with_0(
     number: signal.Signals, folder: Path
 ) -> None:
     function = ("functions:hold", *REPR[1:], "--batch-size", "1", *METRICS)
@@ -478,7 +489,7 @@ def test_a_signal_under_load_ends_with_0_once_what_was_taken_in_is_answered(
         assert finish_program(program) == (0, "", "")
 
 
-def test_what_has_no_answer_when_the_grace_is_over_gets_unavailable_and_the_status_is_0(folder: Path) -> None:
+def test_requests_left_when_the_grace_period_ends_get_unavailable_and_serve_exits_with_0(folder: Path) -> None:
     with start(folder, "serve", "functions:hold", *REPR[1:], "--grace-s", "0.1", *METRICS) as program:
         url, address = serving_lines(program)
         with MukoeBatcherClient(address) as client:
@@ -490,10 +501,10 @@ def test_what_has_no_answer_when_the_grace_is_over_gets_unavailable_and_the_stat
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         status, _, errors = finish_program(program)
     assert status == 0
-    assert "grace of 0.1 s: 1 requests are left without an answer" in errors
+    assert "shutdown after a grace period of 0.1 s left 1 requests unanswered" in errors
 
 
-def test_prometheus_finds_the_counts_and_the_processs_own(folder: Path) -> None:
+def test_a_scrape_of_serve_shows_the_batchers_counts_and_the_processs(folder: Path) -> None:
     with start(folder, "serve", *REPR, *METRICS) as program:
         url, address = serving_lines(program)
         with MukoeBatcherClient(address) as client:
@@ -506,12 +517,71 @@ def test_prometheus_finds_the_counts_and_the_processs_own(folder: Path) -> None:
         assert finish_program(program)[0] == 0
 
 
+def listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "others"),
+    [
+        (("--host", "127.0.0.1"), False),
+        (("--host", "0.0.0.0"), True),
+        (("--host", "0.0.0.0", "--metrics-host", "127.0.0.1"), False),
+        (("--host", "unix:socket"), False),
+    ],
+    ids=["one address", "every address", "an address of their own", "a unix socket"],
+)
+def test_the_metrics_are_served_on_the_host_of_the_server_or_on_their_own(
+    arguments: tuple[str, ...], others: bool, folder: Path
+) -> None:
+    """Other machines must not reach the metrics of a server that listens on 127.0.0.1."""
+    with start(folder, "serve", *REPR, *METRICS, *arguments) as program:
+        shown = re.fullmatch(r"metrics on http://(.+):(\d+)/metrics", program.read_line())
+        assert shown
+        assert program.read_line().startswith("serving")
+        port = int(shown[2])
+        assert shown[1] == ("0.0.0.0" if others else "127.0.0.1")
+        assert listens("127.0.0.1", port)
+        assert listens("127.0.0.2", port) is others
+        program.send_signal(signal.SIGTERM)
+        assert finish_program(program)[0] == 0
+
+
+def test_serve_bounds_the_queue_by_bytes(folder: Path) -> None:
+    arguments = (*REPR, "--max-queue-bytes", "100")
+    with command_serving(folder, *arguments) as (_, address), MukoeBatcherClient(address) as client:
+        assert client.send_request(bytes(96)) == ({"result": bytes(96)}, 0)
+        error = error_of(client.send_request, bytes(97))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "max_queue_bytes" in error.details()
+
+
+def test_serve_with_no_leave_early_waits_for_every_window(folder: Path) -> None:
+    arguments = (*REPR, "--batch-timeout-s", "0.01", "--no-leave-early", *METRICS)
+    with start(folder, "serve", *arguments) as program:
+        url, address = serving_lines(program)
+        with MukoeBatcherClient(address) as client:
+            for _ in range(5):
+                client.send_request(b"hi")
+        with urllib.request.urlopen(url) as response:
+            scrape = response.read().decode()
+        assert re.findall(r'^grpc_batcher_batches_total\{.*reason="(\w+)"\} ([1-9].*)$', scrape, re.M) == [
+            ("timeout", "5.0")
+        ]
+        program.send_signal(signal.SIGTERM)
+        assert finish_program(program)[0] == 0
+
+
 # ---- TLS ----
 
 
 @pytest.fixture(scope="module")
 def pem(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Files in PEM: of an authority, of a server called batcher.test, of a caller, and of a stranger."""
+    """PEM files of an authority, a server called batcher.test, a caller, and a stranger."""
     folder = tmp_path_factory.mktemp("pem")
     authority = trustme.CA()
     authority.cert_pem.write_to_path(folder / "ca")
@@ -526,7 +596,7 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {file.name: str(file) for file in folder.iterdir()}
 
 
-def test_over_tls_who_has_a_certificate_of_the_right_authority_is_answered_and_no_one_else(
+def test_over_tls_only_callers_with_a_certificate_of_the_right_authority_are_served(
     folder: Path, pem: dict[str, str]
 ) -> None:
     own = ("--tls-cert", pem["server-cert"], "--tls-key", pem["server-key"], "--tls-client-ca", pem["ca"])
@@ -540,21 +610,24 @@ def test_over_tls_who_has_a_certificate_of_the_right_authority_is_answered_and_n
             assert run(folder, "check", address, "--timeout-s", "2", *refused)[0] == 1
 
 
-def test_a_key_that_is_not_the_certificates_is_told_before_anything_starts(folder: Path, pem: dict[str, str]) -> None:
+def test_a_key_that_does_not_match_its_certificate_is_reported_before_anything_starts(
+    folder: Path, pem: dict[str, str]
+) -> None:
     status, output, errors = run(
         folder, "serve", *REPR, "--tls-cert", pem["server-cert"], "--tls-key", pem["caller-key"]
     )
     assert (status, output) == (2, "")
     assert errors == (
-        f"grpc-batcher serve: --tls-key {pem['caller-key']}: it is not the key of --tls-cert {pem['server-cert']}\n"
+        f"grpc-batcher serve: --tls-key {pem['caller-key']}: it does not match --tls-cert {pem['server-cert']}\n"
     )
 
 
-def test_a_key_that_is_none_is_told_before_anything_starts(folder: Path, pem: dict[str, str]) -> None:
+def test_a_file_that_is_not_a_key_is_reported_before_anything_starts(folder: Path, pem: dict[str, str]) -> None:
     status, output, errors = run(folder, "serve", *REPR, "--tls-cert", pem["server-cert"], "--tls-key", pem["ca"])
     assert (status, output) == (2, "")
     assert re.fullmatch(
-        rf"grpc-batcher serve: --tls-key {pem['ca']}: no plain PEM private key can be read .+\n", errors
+        rf"grpc-batcher serve: --tls-key {pem['ca']}: it contains no readable, unencrypted PEM private key: .+\n",
+        errors,
     )
 
 
@@ -563,7 +636,7 @@ def test_a_key_that_is_none_is_told_before_anything_starts(folder: Path, pem: di
 
 @contextmanager
 def health_server(status: str) -> Iterator[str]:
-    """A server in plain grpcio whose health service says this of the service "model"."""
+    """Run a plain grpcio server whose health service gives this status for the service "model"."""
     servicer = health.HealthServicer()
     servicer.set("model", health_pb2.HealthCheckResponse.ServingStatus.Value(status))
     with ThreadPoolExecutor(2) as threads:
@@ -578,31 +651,31 @@ def health_server(status: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("said", ["SERVING", "NOT_SERVING", "UNKNOWN"])
-def test_check_ends_with_0_if_and_only_if_the_service_says_serving(said: str, folder: Path) -> None:
+def test_check_exits_with_0_only_if_the_service_says_serving(said: str, folder: Path) -> None:
     with health_server(said) as address:
         status, output, errors = run(folder, "check", address, "--service", "model")
     expected = (0, "SERVING\n", "") if said == "SERVING" else (1, "", f"{address}: {said}\n")
     assert (status, output, errors) == expected
 
 
-def test_check_finds_the_server_that_serve_started(folder: Path) -> None:
+def test_check_reports_a_server_started_by_serve_as_serving(folder: Path) -> None:
     with command_serving(folder, *REPR) as (_, address):
         assert run(folder, "check", address) == (0, "SERVING\n", "")
 
 
-def test_check_ends_with_1_for_a_service_that_is_not_there(folder: Path) -> None:
+def test_check_exits_with_1_for_an_unknown_service(folder: Path) -> None:
     with health_server("SERVING") as address:
         assert run(folder, "check", address, "--service", "x") == (1, "", f"{address}: the server has no service 'x'\n")
 
 
-def test_check_ends_with_1_where_no_server_is(folder: Path) -> None:
+def test_check_exits_with_1_if_there_is_no_server(folder: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     status, output, errors = run(folder, "check", address)
     assert (status, output) == (1, "")
     assert re.fullmatch(rf"{address}: UNAVAILABLE: .+\n", errors)
 
 
-def test_check_ends_with_1_where_a_server_never_answers(folder: Path) -> None:
+def test_check_exits_with_1_if_a_server_never_answers(folder: Path) -> None:
     with taken_port() as port:
         status, output, errors = run(folder, "check", f"127.0.0.1:{port}", "--timeout-s", "0.3")
     assert (status, output) == (1, "")
@@ -612,7 +685,7 @@ def test_check_ends_with_1_where_a_server_never_answers(folder: Path) -> None:
 # ---- bench ----
 
 
-def test_what_bench_writes_agrees_with_the_servers_own_counts(folder: Path) -> None:
+def test_the_report_of_bench_agrees_with_the_servers_own_counts(folder: Path) -> None:
     with serving() as batcher:
         status, output, errors = run(
             folder, "bench", address_of(batcher), "--callers", "3,1,2", *QUICK, "--json", "b.json", "--picture", "b.png"
@@ -625,7 +698,7 @@ def test_what_bench_writes_agrees_with_the_servers_own_counts(folder: Path) -> N
     assert record["requests_ahead"] + sum(point["sent"] for point in points) == counts["OK"]
     assert dict(counts) == {"OK": counts["OK"]}
     for point in points:
-        assert 0 < point["answers"] < point["sent"]  # those of the warm-up do not count
+        assert 0 < point["answers"] < point["sent"]  # the warm-up does not count
         assert point["requests_per_s"] == pytest.approx(point["answers"] / record["duration_s"])
         assert 0 < point["p50_ms"] <= point["p90_ms"] <= point["p99_ms"]
         assert (point["errors"], point["silent_callers"]) == ({}, 0)
@@ -639,7 +712,7 @@ def test_what_bench_writes_agrees_with_the_servers_own_counts(folder: Path) -> N
     assert (folder / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_sends_the_payload_and_the_action_that_it_is_told_from_several_processes(folder: Path) -> None:
+def test_bench_sends_the_given_payload_and_action_from_several_processes(folder: Path) -> None:
     seen: set[Any] = set()
 
     def note(requests: list[Any]) -> list[Any]:
@@ -656,7 +729,7 @@ def test_bench_sends_the_payload_and_the_action_that_it_is_told_from_several_pro
     assert [point["callers"] for point in record["points"]] == [1, 3]
 
 
-def test_bench_counts_what_failed_and_ends_with_1(folder: Path) -> None:
+def test_bench_counts_failed_requests_and_exits_with_1(folder: Path) -> None:
     first = threading.Event()
 
     def fail_some(requests: list[Any]) -> list[Any]:
@@ -677,7 +750,7 @@ def test_bench_counts_what_failed_and_ends_with_1(folder: Path) -> None:
     assert "Knee: none" in output
 
 
-def test_bench_shows_a_live_line_on_a_terminal_alone(folder: Path) -> None:
+def test_bench_shows_its_progress_only_on_a_terminal(folder: Path) -> None:
     ours, terminal = pty.openpty()
     with serving() as batcher, open(ours, "rb", buffering=0) as screen:
         with start(folder, "bench", address_of(batcher), "--callers", "2", *QUICK, stderr=terminal) as program:
@@ -687,17 +760,17 @@ def test_bench_shows_a_live_line_on_a_terminal_alone(folder: Path) -> None:
     assert status == 0
     assert "2 callers: warming up" in shown
     assert re.search(r"2 callers: 0\.\d of 0\.2 s, \d+ answers", shown)
-    assert shown.endswith("\r\x1b[K")  # it leaves nothing behind
+    assert shown.endswith("\r\x1b[K")  # the line is cleared at the end
     assert "\x1b" not in output
 
 
 def callers_of(program: Program) -> list[int]:
-    """The processes of callers that a bench has, which run."""
+    """Return the running processes of a bench's callers."""
     children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
     return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-def test_bench_that_is_interrupted_ends_its_callers_and_says_so_in_a_line(folder: Path) -> None:
+def test_an_interrupted_bench_ends_its_callers_and_prints_one_line(folder: Path) -> None:
     with serving() as batcher:
         arguments = ("bench", address_of(batcher), "--callers", "2", "--duration-s", "1000", "--processes", "2")
         with start(folder, *arguments) as program:
@@ -710,7 +783,7 @@ def test_bench_that_is_interrupted_ends_its_callers_and_says_so_in_a_line(folder
     assert not any(Path(f"/proc/{caller}").exists() for caller in callers)
 
 
-def test_bench_that_loses_a_process_of_callers_ends_with_2_and_one_line(folder: Path) -> None:
+def test_a_bench_that_loses_a_process_of_callers_prints_one_line_and_exits_with_2(folder: Path) -> None:
     with serving() as batcher:
         arguments = ("bench", address_of(batcher), "--callers", "2", "--duration-s", "1000", "--processes", "2")
         with start(folder, *arguments) as program:
@@ -735,14 +808,14 @@ def point(callers: int, requests_per_s: float) -> Point:
         ({1: 0, 2: 0}, None),
     ],
 )
-def test_the_knee_is_the_fewest_callers_with_nine_tenths_of_the_best_throughput(
+def test_the_knee_is_the_fewest_callers_with_90_percent_of_the_best_throughput(
     throughputs: dict[int, float], expected: int | None
 ) -> None:
     found = knee([point(callers, requests_per_s) for callers, requests_per_s in throughputs.items()])
     assert (found.callers if found else None) == expected
 
 
-def test_a_token_in_the_environment_may_have_blanks_and_no_error_shows_it(folder: Path) -> None:
+def test_a_token_in_the_environment_may_contain_spaces_and_no_error_shows_it(folder: Path) -> None:
     secret = {"GRPC_BATCHER_CHECK_METADATA": "authorization=Bearer s3cr3t\nteam=blue"}
     status, _, errors = run(folder, "check", "127.0.0.1:1", environment=secret)
     assert (status, errors.partition(":")[0]) == (1, "127.0.0.1")
@@ -759,12 +832,12 @@ SLOW_MODULE = """
 """
 
 
-def test_sigterm_ends_a_serve_that_is_loading_its_module(folder: Path) -> None:
-    """As process 1 of a container, too, for which the signal has no default."""
+def test_sigterm_ends_serve_while_it_loads_its_module(folder: Path) -> None:
+    """Even as process 1 of a container, for which the signal has no default action."""
     (folder / "slow.py").write_text(textwrap.dedent(SLOW_MODULE))
     with start(folder, "serve", "slow:function", *REPR[1:]) as program:
         assert program.read_line() == "loading"
         caught = Path(f"/proc/{program.pid}/status").read_text().partition("SigCgt:")[2].split()[0]
-        assert int(caught, 16) & 1 << (signal.SIGTERM - 1)  # process 1 gets no other signals
+        assert int(caught, 16) & 1 << (signal.SIGTERM - 1)  # process 1 gets only signals it has a handler for
         program.send_signal(signal.SIGTERM)
         assert finish_program(program)[0] == 128 + signal.SIGTERM

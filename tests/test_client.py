@@ -1,4 +1,4 @@
-"""How a client keeps its streams: over many threads, time limits, restarts of its server, and processes."""
+"""How a client keeps its streams: with many threads, time limits, restarts of its server, and other processes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from serving import (
 )
 
 from grpc_batcher import MukoeBatcherClient
-from grpc_batcher._client import stream_pool as _pool
-from grpc_batcher._server.session import TAKEN_IN_KEY
+from grpc_batcher._client import stream_pool
+from grpc_batcher._contract import TAKEN_IN_KEY
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
-# A "repr" request for b"hi", and the answer ({}, 0), as they travel.
+# The messages of a "repr" request for b"hi", and of the answer ({}, 0).
 REPR_HI = bytes.fromhex("0a040a026869")
 EMPTY_ANSWER = bytes.fromhex("0a00")
 
@@ -82,7 +82,7 @@ def test_many_threads_on_one_client_each_get_their_own_answers() -> None:
         assert metrics.open_streams <= threads
 
 
-def test_requests_in_flight_have_a_stream_each_and_later_ones_use_those_again() -> None:
+def test_requests_in_flight_have_a_stream_each_and_later_ones_reuse_them() -> None:
     threads = 10
     with Held() as held, serving(held, batch_size=threads) as batcher, connect(batcher) as client:
         for _ in range(3):
@@ -104,8 +104,8 @@ def test_two_clients_have_streams_of_their_own() -> None:
         assert batcher.metrics().open_streams == 2
 
 
-def test_a_stream_that_nobody_used_for_a_while_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pool, "IDLE_NS", 20_000_000)
+def test_a_stream_that_was_idle_for_a_while_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_pool, "IDLE_NS", 20_000_000)
     with serving() as batcher, connect(batcher) as client:
         for _ in range(3):
             assert client.send_request(b"x") == answer(b"x")
@@ -114,7 +114,7 @@ def test_a_stream_that_nobody_used_for_a_while_is_closed(monkeypatch: pytest.Mon
 
 
 def test_a_request_longer_than_the_idle_time_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pool, "IDLE_NS", 20_000_000)
+    monkeypatch.setattr(stream_pool, "IDLE_NS", 20_000_000)
     with Held() as held, serving(held) as batcher, connect(batcher) as client, connect(batcher) as other:
         held.release()
         assert other.send_request(b"then idle") == answer(b"then idle")
@@ -124,7 +124,7 @@ def test_a_request_longer_than_the_idle_time_is_answered(monkeypatch: pytest.Mon
         assert request.result() == answer(b"long")
 
 
-def test_a_client_that_nobody_holds_any_more_lets_its_streams_go() -> None:
+def test_a_client_that_is_garbage_collected_closes_its_streams() -> None:
     with serving() as batcher:
         connect(batcher).send_request(b"x")
         gc.collect()
@@ -151,7 +151,7 @@ THREADS_PROGRAM = """
 """
 
 
-def test_clients_that_are_closed_leave_no_threads_behind(tmp_path: Path) -> None:
+def test_closed_clients_leave_no_threads_behind(tmp_path: Path) -> None:
     with serving() as batcher:
         run_program(tmp_path, THREADS_PROGRAM, address_of(batcher))
         eventually(lambda: batcher.metrics().open_streams == 0)
@@ -173,7 +173,7 @@ def test_a_closed_client_raises_and_may_be_closed_again() -> None:
         assert batcher.metrics().requests == {"OK": 1}
 
 
-def test_a_client_may_be_closed_before_it_was_used() -> None:
+def test_a_client_may_be_closed_before_it_is_used() -> None:
     client = MukoeBatcherClient("127.0.0.1:1")
     client.close()
     with pytest.raises(RuntimeError, match="closed"):
@@ -201,7 +201,7 @@ def test_leaving_a_client_as_a_context_manager_closes_it() -> None:
 # ---- after errors ----
 
 
-def test_a_client_is_usable_after_its_time_limit_passed() -> None:
+def test_a_client_is_usable_after_a_time_limit_has_passed() -> None:
     with Held() as held, serving(held) as batcher, connect(batcher) as client:
         in_front = in_callback(held, client, b"in front")
         for _ in range(3):
@@ -215,7 +215,7 @@ def test_a_client_is_usable_after_its_time_limit_passed() -> None:
         assert held.batches == [[b"in front"], [b"next"]]
 
 
-def test_the_time_limit_of_one_request_does_not_touch_another_of_the_same_client() -> None:
+def test_the_time_limit_of_one_request_does_not_affect_another_of_the_same_client() -> None:
     with Held() as held, serving(held) as batcher, connect(batcher) as client:
         unlimited = in_callback(held, client, b"unlimited")
         long = waiting(batcher, client.send_request, b"long", timeout_s=1000)
@@ -226,7 +226,7 @@ def test_the_time_limit_of_one_request_does_not_touch_another_of_the_same_client
         assert long.result() == answer(b"long")
 
 
-def test_a_time_limit_holds_while_there_is_no_answer_from_the_servers_host() -> None:
+def test_a_time_limit_holds_if_the_server_never_answers() -> None:
     def read_and_never_answer(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         over = threading.Event()
         context.add_callback(over.set)
@@ -238,7 +238,7 @@ def test_a_time_limit_holds_while_there_is_no_answer_from_the_servers_host() -> 
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-def test_a_reply_that_is_no_answer_is_an_error_and_the_client_is_usable() -> None:
+def test_a_reply_that_is_not_an_answer_is_an_error_and_the_client_stays_usable() -> None:
     replies = iter((b"\xff\xff\xff", EMPTY_ANSWER))
 
     def serve(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -252,10 +252,10 @@ def test_a_reply_that_is_no_answer_is_an_error_and_the_client_is_usable() -> Non
         assert client.send_request(b"x") == ({}, 0)
 
 
-# ---- a server that goes and comes back ----
+# ---- a server that goes away and comes back ----
 
 
-def test_the_next_request_after_a_restart_of_the_server_is_answered() -> None:
+def test_the_first_request_after_a_restart_of_the_server_is_answered() -> None:
     with serving() as first, connect(first) as client:
         assert client.send_request(b"before") == answer(b"before")
         for number in range(5):
@@ -266,7 +266,7 @@ def test_the_next_request_after_a_restart_of_the_server_is_answered() -> None:
                 assert second.metrics().requests == {"OK": 2}
 
 
-def test_a_client_is_usable_when_requests_failed_while_the_server_was_away() -> None:
+def test_a_client_is_usable_after_requests_failed_while_the_server_was_away() -> None:
     with serving() as first, connect(first) as client:
         assert client.send_request(b"before") == answer(b"before")
         first.shutdown()
@@ -277,7 +277,7 @@ def test_a_client_is_usable_when_requests_failed_while_the_server_was_away() -> 
                 assert client.send_request(b"after") == answer(b"after")
 
 
-def test_a_client_that_failed_before_there_was_a_server_is_answered_once_there_is_one() -> None:
+def test_a_client_that_failed_before_its_server_started_is_answered_afterwards() -> None:
     with serving() as finder:
         port = finder.port
     with MukoeBatcherClient(f"127.0.0.1:{port}") as client:
@@ -312,13 +312,13 @@ def test_all_threads_of_a_client_are_answered_after_a_restart() -> None:
             assert results.result() == [answer(b"%d of %d" % (number, caller)) for number in range(3)]
 
 
-# ---- what a client sends again ----
+# ---- what a client resends ----
 
 
 class PuppetServer:
-    """A server whose streams end as the test says. Each stream gets the next script: a list of what to do per request.
+    """A server whose streams end as the test says. Each stream follows the next script: one action per request.
 
-    received: how many requests came in on each stream.
+    received: how many requests arrived on each stream.
     """
 
     ANSWER = "answer"
@@ -348,7 +348,7 @@ class PuppetServer:
 ANSWER = PuppetServer.ANSWER
 
 
-def test_a_request_that_the_server_did_not_take_in_as_it_ended_the_stream_is_sent_again() -> None:
+def test_a_request_that_the_server_did_not_take_in_is_resent() -> None:
     puppet = PuppetServer([ANSWER, ANSWER, (UNAVAILABLE, "2")], [ANSWER, ANSWER])
     with plain_server(puppet) as address, MukoeBatcherClient(address) as client:
         for _ in range(4):
@@ -356,7 +356,7 @@ def test_a_request_that_the_server_did_not_take_in_as_it_ended_the_stream_is_sen
         assert puppet.received == [3, 2]
 
 
-def test_a_request_is_sent_again_once_only() -> None:
+def test_a_request_is_resent_only_once() -> None:
     puppet = PuppetServer([ANSWER, (UNAVAILABLE, "1")], [(UNAVAILABLE, "0")], [ANSWER])
     with plain_server(puppet) as address, MukoeBatcherClient(address) as client:
         assert client.send_request(b"x") == ({}, 0)
@@ -376,7 +376,7 @@ def test_a_request_is_sent_again_once_only() -> None:
         pytest.param((grpc.StatusCode.RESOURCE_EXHAUSTED, "1"), id="refused for a reason"),
     ],
 )
-def test_a_request_that_may_have_been_taken_in_is_not_sent_again(end: Any) -> None:
+def test_a_request_that_may_have_been_taken_in_is_not_resent(end: Any) -> None:
     puppet = PuppetServer([ANSWER, end], [ANSWER])
     with plain_server(puppet) as address, MukoeBatcherClient(address) as client:
         assert client.send_request(b"x") == ({}, 0)
@@ -386,7 +386,7 @@ def test_a_request_that_may_have_been_taken_in_is_not_sent_again(end: Any) -> No
         assert client.send_request(b"z") == ({}, 0)
 
 
-def test_a_streams_first_request_is_not_sent_again() -> None:
+def test_the_first_request_of_a_stream_is_not_resent() -> None:
     puppet = PuppetServer([(UNAVAILABLE, "0")], [ANSWER])
     with plain_server(puppet) as address, MukoeBatcherClient(address) as client:
         assert error_of(client.send_request, b"x").code() is UNAVAILABLE
@@ -394,7 +394,7 @@ def test_a_streams_first_request_is_not_sent_again() -> None:
         assert client.send_request(b"y") == ({}, 0)
 
 
-def test_a_stream_that_ends_well_without_an_answer_is_an_error_and_the_client_is_usable() -> None:
+def test_a_stream_that_ends_with_ok_instead_of_an_answer_is_an_error() -> None:
     puppet = PuppetServer([(grpc.StatusCode.OK, None)], [ANSWER])
     with plain_server(puppet) as address, MukoeBatcherClient(address) as client:
         error = error_of(client.send_request, b"x")
@@ -404,7 +404,7 @@ def test_a_stream_that_ends_well_without_an_answer_is_an_error_and_the_client_is
         assert puppet.received == [1, 1]
 
 
-def test_a_batcher_that_refuses_a_request_as_it_closes_says_how_many_it_took_in() -> None:
+def test_a_batcher_that_shuts_down_says_how_many_requests_of_a_stream_it_took_in() -> None:
     with Held() as held, serving(held) as batcher, connect(batcher) as client:
         held.release(2)
         outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -431,7 +431,7 @@ def test_a_batcher_that_refuses_a_request_as_it_closes_says_how_many_it_took_in(
 # ---- pickles and processes ----
 
 
-def test_a_client_that_was_pickled_is_a_client_of_the_same_server_with_the_same_limit() -> None:
+def test_a_pickled_client_keeps_its_server_and_its_limits() -> None:
     def answer_by_number(requests: list[bytes]) -> Any:
         return [({"r": bytes(int(data))}, 0) for data in requests]
 
@@ -466,7 +466,7 @@ SPAWN_PROGRAM = """
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_a_used_client_is_usable_in_processes_that_are_not_forked_from_its_own(method: str, tmp_path: Path) -> None:
+def test_a_used_client_can_be_sent_to_spawned_processes(method: str, tmp_path: Path) -> None:
     with serving() as batcher:
         output = run_program(tmp_path, SPAWN_PROGRAM, address_of(batcher), method)
     assert output == [str(answer(data)) for data in (b"parent", b"child", b"child", b"parent")]
@@ -533,7 +533,7 @@ def test_a_client_used_before_a_fork_raises_in_the_child_and_works_in_the_parent
 
 
 @by_every_fork
-def test_a_client_used_before_a_fork_works_in_the_child_with_grpcs_fork_support(how: str, tmp_path: Path) -> None:
+def test_with_grpcs_fork_support_a_client_used_before_a_fork_works_in_the_child(how: str, tmp_path: Path) -> None:
     environment = {"GRPC_ENABLE_FORK_SUPPORT": "1"}
     with serving() as batcher:
         output = run_program(tmp_path, FORK_PROGRAM, address_of(batcher), how, "used", environment=environment)
@@ -566,8 +566,8 @@ FORKED_SERVER_PROGRAM = """
 """
 
 
-def test_a_server_goes_on_when_a_child_is_forked_from_its_process_and_ends(tmp_path: Path) -> None:
-    # Without this gRPC tries to make the child fit for gRPC, which newer releases do not survive while a server runs.
+def test_a_server_keeps_serving_when_its_process_forks_and_the_child_ends(tmp_path: Path) -> None:
+    # Otherwise gRPC prepares the child for gRPC, which newer releases do not survive while a server runs.
     environment = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
     with (
         start_program(tmp_path, FORKED_SERVER_PROGRAM, environment=environment) as program,
@@ -590,7 +590,7 @@ INTERRUPTED_PROGRAM = """
 
     from grpc_batcher import MukoeBatcherClient
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent process made of it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent process set
     client = MukoeBatcherClient(sys.argv[1])
     print(client.send_request(b"before"), flush=True)
     try:
@@ -601,7 +601,7 @@ INTERRUPTED_PROGRAM = """
 """
 
 
-def test_ctrl_c_ends_a_request_of_the_main_thread_and_the_client_is_usable(tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_request_of_the_main_thread_and_the_client_stays_usable(tmp_path: Path) -> None:
     with (
         Held() as held,
         serving(held) as batcher,
@@ -644,8 +644,8 @@ SIGNALLED_PROGRAM = """
 """
 
 
-def test_requests_that_a_signal_handler_ended_leave_no_streams_behind(tmp_path: Path) -> None:
-    """The signal's exception may come between gRPC's event and whoever waits for it."""
+def test_requests_interrupted_by_a_signal_handler_leave_no_streams_behind(tmp_path: Path) -> None:
+    """The exception may be raised between gRPC's event and the code that waits for it."""
 
     def slow_echo(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
         time.sleep(0.03)  # longer than the program waits
@@ -656,18 +656,18 @@ def test_requests_that_a_signal_handler_ended_leave_no_streams_behind(tmp_path: 
         start_program(tmp_path, SIGNALLED_PROGRAM, address_of(batcher)) as program,
     ):
         assert program.read_line() == f"{answer(b'after')}"
-        # One that comes just as a stream is lent or given back may leave that stream.
+        # An exception just as a stream is borrowed or given back may leave that stream open.
         eventually(lambda: batcher.metrics().open_streams <= 5)
         status, output, errors = finish_program(program)
         assert (status, output) == (0, ""), errors
 
 
-def test_a_request_that_no_thread_could_keep_the_time_of_was_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is it counted among those of its stream, or a later one might be sent twice."""
+def test_a_request_whose_time_limit_no_thread_can_keep_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it counted as one of its stream's requests, or a later one might be sent twice."""
     with serving() as batcher, connect(batcher) as client:
         client.send_request(b"first")
         with monkeypatch.context() as patch:
-            patch.setattr(_pool.StreamPool, "_can_keep_time", lambda pool: False)
+            patch.setattr(stream_pool.StreamPool, "_can_keep_time", lambda pool: False)
             with pytest.raises(RuntimeError, match="no thread"):
                 client.send_request(b"second", timeout_s=50)
         client.send_request(b"third")
@@ -680,17 +680,17 @@ def test_a_request_that_no_thread_could_keep_the_time_of_was_not_sent(monkeypatc
     [
         (("token-bin", "s3cr3t"), "'token-bin'.*bytes"),
         (("Token", "s3cr3t"), "the key 'Token'"),
-        (("token", "s3cr3t\n"), "'token' with other characters"),
+        (("token", "s3cr3t\n"), "'token' with characters other than printable ASCII"),
         (("token", 7), "a int for 'token'"),
     ],
 )
-def test_metadata_that_grpc_can_not_send_is_refused_by_the_constructor(pair: Any, fault: str) -> None:
+def test_metadata_that_grpc_cannot_send_is_refused_by_the_constructor(pair: Any, fault: str) -> None:
     with pytest.raises(ValueError, match=fault) as caught:
         MukoeBatcherClient("localhost:1", metadata=(pair,))
     assert "s3cr3t" not in str(caught.value)
 
 
 @pytest.mark.parametrize("arguments", [{"credentials": "x"}, {"interceptors": [grpc.StreamStreamClientInterceptor]}])
-def test_credentials_and_interceptors_of_another_type_are_refused_by_the_constructor(arguments: Any) -> None:
+def test_credentials_and_interceptors_of_the_wrong_type_are_refused_by_a_client(arguments: Any) -> None:
     with pytest.raises(TypeError, match=next(iter(arguments))):
         MukoeBatcherClient("localhost:1", **arguments)

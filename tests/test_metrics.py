@@ -1,4 +1,4 @@
-"""The counts and times of a batcher: percentiles, histograms, and what a Prometheus scrape gives."""
+"""The counts and durations of a batcher: percentiles, histograms, and what a Prometheus scrape returns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Held, connect, in_background, in_callback, run_program, serving, waiting
+from serving import Held, connect, in_background, in_callback, serving, waiting
 
 from grpc_batcher import Histogram, Percentiles
 from grpc_batcher._server.metrics import PERCENTILE_WINDOW, Recorder
@@ -24,13 +24,15 @@ def recorder(batch_size: int = 8, *, timed: bool = True) -> Recorder:
 
 
 def snapshot(of: Recorder) -> Any:
-    return of.snapshot(model="repr", batches={"full": 0}, batched_requests=0, waiting=0, open_streams=0)
+    return of.snapshot(
+        model="repr", batches={"full": 0}, batched_requests=0, waiting=0, waiting_bytes=0, open_streams=0
+    )
 
 
 # ---- percentiles ----
 
 
-def test_a_percentile_is_the_smallest_time_that_so_many_were_no_longer_than() -> None:
+def test_percentiles_are_nearest_rank() -> None:
     of = recorder()
     of.batch_taken(8, [number * MS for number in range(100, 0, -1)])
     for duration_ms in (3, 1, 2):
@@ -42,7 +44,7 @@ def test_a_percentile_is_the_smallest_time_that_so_many_were_no_longer_than() ->
     assert metrics.end_to_end_percentiles_ms == (7, 7, 7)
 
 
-def test_percentiles_are_of_the_last_4096_and_means_of_all() -> None:
+def test_percentiles_cover_the_last_4096_and_means_everything() -> None:
     assert PERCENTILE_WINDOW == 4096
     of = recorder()
     for _ in range(4096):
@@ -56,7 +58,7 @@ def test_percentiles_are_of_the_last_4096_and_means_of_all() -> None:
     assert snapshot(of).end_to_end_percentiles_ms == (1, 1, 5)
 
 
-def test_where_nothing_was_timed_there_are_no_percentiles() -> None:
+def test_there_are_no_percentiles_before_anything_is_timed() -> None:
     metrics = snapshot(recorder())
     assert (
         metrics.waiting_percentiles_ms is metrics.callback_percentiles_ms is metrics.end_to_end_percentiles_ms is None
@@ -66,7 +68,7 @@ def test_where_nothing_was_timed_there_are_no_percentiles() -> None:
 # ---- histograms ----
 
 
-def test_a_histogram_counts_what_was_at_most_as_large_as_each_bound() -> None:
+def test_a_histogram_counts_the_values_up_to_each_bound() -> None:
     of = recorder()
     of.batch_taken(3, [0, MS // 2, MS // 2 + 1, MS, 60_000 * MS, 60_000 * MS + 1])
     histogram = snapshot(of).waiting_histogram_s
@@ -81,7 +83,7 @@ def test_a_histogram_counts_what_was_at_most_as_large_as_each_bound() -> None:
     ("batch_size", "bounds"),
     [(1, (1,)), (2, (1, 2)), (5, (1, 2, 4, 5)), (16, (1, 2, 4, 8, 16)), (2**20, tuple(2**n for n in range(21)))],
 )
-def test_batch_sizes_are_counted_by_powers_of_two_up_to_the_largest(batch_size: int, bounds: Any) -> None:
+def test_batch_sizes_are_counted_by_powers_of_two_up_to_the_batch_size(batch_size: int, bounds: Any) -> None:
     of = recorder(batch_size)
     for size in (1, batch_size):
         of.batch_taken(size, ())
@@ -92,7 +94,7 @@ def test_batch_sizes_are_counted_by_powers_of_two_up_to_the_largest(batch_size: 
     assert sizes.sum == 1 + batch_size
 
 
-def test_what_many_threads_record_is_all_counted() -> None:
+def test_nothing_that_many_threads_record_is_lost() -> None:
     of = recorder()
     begin = threading.Barrier(8)
 
@@ -111,10 +113,10 @@ def test_what_many_threads_record_is_all_counted() -> None:
         assert histogram.counts[-1] == 16_000
 
 
-# ---- of a batcher ----
+# ---- the metrics of a batcher ----
 
 
-def test_each_request_and_each_batch_of_a_batcher_is_in_its_histogram() -> None:
+def test_each_request_and_each_batch_is_in_the_histograms() -> None:
     with Held() as held, serving(held, batch_size=4) as batcher, connect(batcher) as client:
         requests = [in_callback(held, client, b"first")]
         requests += [waiting(batcher, client.send_request, b"%d" % number) for number in range(3)]
@@ -139,7 +141,7 @@ def test_each_request_and_each_batch_of_a_batcher_is_in_its_histogram() -> None:
         assert 0 <= waits.p50 <= waits.p90 <= waits.p99 <= totals.p99
 
 
-def test_with_track_metrics_off_batch_sizes_are_counted_and_there_is_no_histogram_of_times() -> None:
+def test_without_track_metrics_batch_sizes_are_counted_and_durations_are_not() -> None:
     with serving(track_metrics=False, batch_size=2) as batcher, connect(batcher) as client:
         client.send_request(b"x")
         metrics = batcher.metrics()
@@ -151,7 +153,7 @@ def test_with_track_metrics_off_batch_sizes_are_counted_and_there_is_no_histogra
 
 
 def scraped(*batchers: Any) -> dict[str, Any]:
-    """The families that a scrape gives, by name, as a Prometheus server reads them."""
+    """Return the families that a scrape returns, by name, as a Prometheus server reads them."""
     prometheus_client = pytest.importorskip("prometheus_client")
     from prometheus_client.parser import text_string_to_metric_families
 
@@ -171,7 +173,7 @@ def coded(family: Any) -> dict[tuple[str, str], float]:
     return {(sample.labels["port"], sample.labels["code"]): sample.value for sample in family.samples}
 
 
-def test_a_scrape_gives_the_counts_of_each_batcher_under_its_model_and_port() -> None:
+def test_a_scrape_labels_the_counts_of_each_batcher_with_its_model_and_port() -> None:
     with (
         Held() as held,
         serving(held, batch_size=2) as first,
@@ -196,7 +198,12 @@ def test_a_scrape_gives_the_counts_of_each_batcher_under_its_model_and_port() ->
         waits = values(families["grpc_batcher_waiting_seconds"])
         assert waits["grpc_batcher_waiting_seconds_count", port] == 2
         assert waits["grpc_batcher_waiting_seconds_sum", port] > 0
-        for gauge, value, other_value in (("waiting_requests", 1, 0), ("open_streams", 2, 1), ("ready", 1, 1)):
+        for gauge, value, other_value in (
+            ("waiting_requests", 1, 0),
+            ("waiting_bytes", 4 + len(b"waits"), 0),
+            ("open_streams", 2, 1),
+            ("ready", 1, 1),
+        ):
             name = f"grpc_batcher_{gauge}"
             assert values(families[name]) == {(name, port): value, (name, other_port): other_value}
         held.release(2)
@@ -205,8 +212,8 @@ def test_a_scrape_gives_the_counts_of_each_batcher_under_its_model_and_port() ->
     assert set(values(scraped(first)["grpc_batcher_ready"]).values()) == {0}
 
 
-def test_a_batcher_that_was_not_asked_yet_has_a_count_of_0_for_each_outcome() -> None:
-    """Of a count that first shows itself above 0 Prometheus' rate() sees nothing."""
+def test_every_outcome_has_a_count_of_0_before_the_first_request() -> None:
+    """Prometheus' rate() misses the first increase of a count that has no earlier sample."""
     with serving() as batcher:
         counts = coded(scraped(batcher)["grpc_batcher_requests"])
         assert set(counts.values()) == {0}
@@ -221,13 +228,13 @@ def test_a_batcher_that_was_not_asked_yet_has_a_count_of_0_for_each_outcome() ->
         }
 
 
-def test_the_port_of_a_batcher_on_a_unix_socket_is_its_address(tmp_path: Path) -> None:
+def test_the_port_label_of_a_batcher_on_a_unix_socket_is_its_address(tmp_path: Path) -> None:
     with serving(host=f"unix:{tmp_path}/batcher.sock") as batcher:
         (sample,) = scraped(batcher)["grpc_batcher_ready"].samples
         assert sample.labels == {"model": "repr", "port": f"unix:{tmp_path}/batcher.sock"}
 
 
-def test_a_batcher_that_times_nothing_has_no_histogram_of_times() -> None:
+def test_without_track_metrics_a_scrape_has_no_durations() -> None:
     with serving(track_metrics=False) as batcher:
         families = scraped(batcher)
     assert families["grpc_batcher_batch_size"].samples
@@ -245,7 +252,7 @@ def test_a_collector_without_a_batcher_is_refused() -> None:
 # ---- docs/metrics.md ----
 
 
-def test_the_page_lists_all_and_only_what_a_scrape_gives_with_types_and_labels() -> None:
+def test_the_page_lists_exactly_the_metrics_of_a_scrape_with_their_types_and_labels() -> None:
     with serving() as batcher, connect(batcher) as client:
         client.send_request(b"x")
         families = scraped(batcher)
@@ -260,15 +267,9 @@ def test_the_page_lists_all_and_only_what_a_scrape_gives_with_types_and_labels()
     assert len(table) == len(given)
 
 
-def test_the_rules_of_the_page_name_what_there_is() -> None:
+def test_the_rules_of_the_page_name_metrics_that_exist() -> None:
     with serving() as batcher:
         families = scraped(batcher)
     samples = {sample.name for family in families.values() for sample in family.samples} | set(families)
     named = set(re.findall(r"\bgrpc_batcher_\w+", PAGE))
     assert named <= samples
-
-
-def test_the_example_of_the_page_runs_and_prints_what_it_says(tmp_path: Path) -> None:
-    pytest.importorskip("prometheus_client")
-    (block,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    assert run_program(tmp_path, block) == ["1.0"]

@@ -1,7 +1,7 @@
-"""A third kind of request is one message in the proto and one entry in `_models.py`, as docs/new-model.md says.
+"""A third kind of request takes one message in the proto and one entry in `_models.py`, as docs/new-model.md says.
 
-The test makes the two edits that the page shows, in a copy, generates the messages as `make proto` does, and runs the
-page's example.
+Makes the two edits that the page shows in a copy of the package, generates the messages as `make proto` does, and uses
+the new kind. `test_docs.py` runs the page's example without protoc.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def lines_of(diff: str, *marks: str) -> str:
 
 
 def make_edit(file: Path, diff: str) -> None:
-    """Make the edit that a diff block shows. Its unchanged lines stand in the file once, one after the other."""
+    """Make the edit that a diff block shows. Its unchanged lines must occur once in the file, in a row."""
     text, unchanged = file.read_text(), lines_of(diff, " ")
     assert text.count(unchanged) == 1
     file.write_text(text.replace(unchanged, lines_of(diff, " ", "+")))
@@ -43,8 +43,8 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def extended(tmp_path: Path) -> Path:
-    """A folder with a copy of the package that serves the page's kind, too."""
-    # Not imported here: what its older releases import warns, and is not there with newer setuptools.
+    """A folder with a copy of the package that also serves the page's kind."""
+    # Not imported here: its older releases import modules that warn, or that newer setuptools lacks.
     probe = python("-c", "from grpc_tools import protoc")
     if probe.returncode != 0:
         reason = probe.stderr.strip().splitlines()[-1]
@@ -65,7 +65,7 @@ def run_extended(folder: Path, text: str) -> list[str]:
     return run_program(folder, text, environment={"PYTHONPATH": path})
 
 
-def test_the_page_shows_one_message_with_its_field_and_one_entry() -> None:
+def test_the_page_adds_only_one_message_with_its_field_and_one_entry() -> None:
     proto_diff, models_diff = blocks("diff")
     assert not any(line.startswith("-") for line in (proto_diff + models_diff).splitlines())
     added = lines_of(proto_diff, "+")
@@ -74,7 +74,7 @@ def test_the_page_shows_one_message_with_its_field_and_one_entry() -> None:
     assert len(lines_of(models_diff, "+").splitlines()) == 1
 
 
-def test_the_pages_example_runs_with_just_these_edits(extended: Path) -> None:
+def test_the_pages_example_runs_after_generating_the_messages_with_protoc(extended: Path) -> None:
     [example] = blocks("python")
     expected = re.findall(r"print\(.*\)  # (.*)$", example, re.MULTILINE)
     assert len(expected) == 2
@@ -121,7 +121,7 @@ TEMPERATURE_PROGRAM = """
 """
 
 
-def test_the_new_kind_is_a_kind_like_the_others_which_go_on_as_before(extended: Path) -> None:
+def test_a_new_kind_works_like_the_others_which_are_unchanged(extended: Path) -> None:
     assert run_extended(extended, TEMPERATURE_PROGRAM) == [
         "({'data': b'x', 'temperature': b'0.25'}, 2)",
         "({'data': b'x', 'temperature': b'0.0'}, 2)",

@@ -1,4 +1,4 @@
-"""A client in another language, on a gRPC that shares no code with Python's, gets its answers."""
+"""A client in Node, whose gRPC shares no code with Python's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROTO = Path(__file__).resolve().parent.parent / "proto" / "mukoe_batcher.proto"
 
 @pytest.fixture
 def node_client(tmp_path: Path) -> Path:
-    """The client with its packages, in a folder of its own."""
+    """The client in its own folder, with its packages installed."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("node and npm are not installed here")
     for name in ("package.json", "client.js"):
@@ -31,13 +31,13 @@ def node_client(tmp_path: Path) -> Path:
     except subprocess.TimeoutExpired:
         pytest.skip(f"npm did not install the client's packages within {PROGRAM_LIMIT_S} s")
     if install.returncode != 0:
-        pytest.skip(f"npm can not install the client's packages here: {install.stderr.strip()[-500:]}")
+        pytest.skip(f"npm cannot install the client's packages here: {install.stderr.strip()[-500:]}")
     return tmp_path / "client.js"
 
 
-@pytest.mark.timeout(3 * PROGRAM_LIMIT_S)  # the packages may have to come over a slow network first
+@pytest.mark.timeout(3 * PROGRAM_LIMIT_S)  # npm may have to download the packages first
 @pytest.mark.parametrize("secured_by", ["nothing", "mutual TLS"])
-def test_a_node_client_gets_its_answers_from_both_kinds_of_batcher(
+def test_a_node_client_is_answered_by_both_kinds_of_batcher(
     secured_by: str, node_client: Path, certificates: Certificates
 ) -> None:
     folder, options = [], {}

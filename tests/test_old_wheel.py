@@ -1,4 +1,4 @@
-"""What the users of the C++ wheel have works on: their scripts, clients and servers, and the bytes between them."""
+"""Everything that users of the C++ wheel have keeps working: scripts, clients, servers, and the bytes between them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from grpc_batcher._proto.mukoe_batcher_pb2 import (
     Representations,
 )
 
-# ---- the users' script ----
+# ---- a user's script ----
 
 USER_SCRIPT = """
     import threading
@@ -99,14 +99,14 @@ USER_SCRIPT = """
 """
 
 
-def test_the_users_script_gets_30_answers_and_exits_with_0(tmp_path: Path) -> None:
+def test_a_users_script_gets_its_30_answers_and_exits_with_0(tmp_path: Path) -> None:
     pytest.importorskip("msgpack")
     output = run_program(tmp_path, USER_SCRIPT)
     assert output[:30] == [f"{actor} {step} {[10.0 * actor + step] * 4} 7" for actor in range(10) for step in range(3)]
     assert "30 OK" in "".join(output[30:])
 
 
-def test_an_actor_that_starts_before_its_server_is_answered_once_there_is_one(tmp_path: Path) -> None:
+def test_an_actor_that_starts_before_its_server_is_answered_afterwards(tmp_path: Path) -> None:
     with serving() as finder:
         port = finder.port
     actor = """
@@ -134,7 +134,7 @@ def test_an_actor_that_starts_before_its_server_is_answered_once_there_is_one(tm
     assert (status, output) == (0, f"{answer(b'hi')}\n"), errors
 
 
-# ---- the end of a program that never calls shutdown ----
+# ---- programs that never call shutdown ----
 
 EXIT_PROGRAM = """
     import sys
@@ -209,7 +209,7 @@ def test_a_program_that_ends_while_requests_wait_for_their_window_exits_with_0(t
     assert run_program(tmp_path, exit_program(ending, window="1000")) == ["over"]
 
 
-def test_a_program_that_ends_with_an_answered_request_writes_nothing_to_stderr(tmp_path: Path) -> None:
+def test_a_program_that_ends_after_its_answers_writes_no_traceback_to_stderr(tmp_path: Path) -> None:
     with start_program(tmp_path, exit_program('client.send_request(b"hi")')) as program:
         status, output, errors = finish_program(program)
     assert (status, output) == (0, "over\n")
@@ -243,7 +243,7 @@ SERVER_PROGRAM = """
 """
 
 
-def test_a_server_program_ends_while_callers_keep_their_streams_open(tmp_path: Path) -> None:
+def test_a_server_program_can_end_while_callers_keep_their_streams_open(tmp_path: Path) -> None:
     with (
         start_program(tmp_path, SERVER_PROGRAM, "0", "0") as program,
         MukoeBatcherClient(f"127.0.0.1:{program.read_line()}") as client,
@@ -254,7 +254,7 @@ def test_a_server_program_ends_while_callers_keep_their_streams_open(tmp_path: P
         assert error_of(client.send_request, b"x").code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_a_server_program_that_ends_answers_the_callers_that_wait(tmp_path: Path) -> None:
+def test_a_server_program_that_ends_answers_the_requests_that_wait(tmp_path: Path) -> None:
     with (
         start_program(tmp_path, SERVER_PROGRAM, "1000", "2") as program,
         MukoeBatcherClient(f"127.0.0.1:{program.read_line()}") as client,
@@ -265,7 +265,7 @@ def test_a_server_program_that_ends_answers_the_callers_that_wait(tmp_path: Path
         assert [request.result() for request in requests] == [answer(b"one"), answer(b"two")]
 
 
-def test_a_server_program_may_be_ended_by_ctrl_c(tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_server_program(tmp_path: Path) -> None:
     text = SERVER_PROGRAM.replace(
         "import sys\n", "import signal, sys\n    signal.signal(signal.SIGINT, signal.default_int_handler)\n", 1
     )
@@ -280,12 +280,12 @@ def test_a_server_program_may_be_ended_by_ctrl_c(tmp_path: Path) -> None:
     assert "KeyboardInterrupt" in errors
 
 
-# ---- clients of the old kind ----
+# ---- old clients ----
 
 REPR_HI = MukoeRequest(representations=Representations(data=b"hi")).SerializeToString()
 
 
-def test_an_old_style_request_is_answered_and_its_stream_ends_well() -> None:
+def test_an_old_style_request_is_answered_and_its_stream_ends_with_ok() -> None:
     for model, request, expected in (
         ("repr", REPR_HI, answer(b"hi")),
         ("dyna", MukoeRequest(dynamics=Dynamics(data=b"hi", action=-3)).SerializeToString(), answer(b"hi", -3)),
@@ -315,7 +315,7 @@ def test_old_style_requests_from_many_threads_each_get_their_own_answers() -> No
         assert batcher.metrics().requests == {"OK": 80}
 
 
-def test_64_old_style_streams_fill_a_batch_of_64_with_16_threads() -> None:
+def test_64_old_style_streams_fill_a_batch_of_64_despite_num_threads_16() -> None:
     with Held() as held, serving(held, batch_size=64, batch_timeout_s=1000.0, num_threads=16) as batcher:
         held.release()
         replies = [in_background(old_style_request, address_of(batcher), REPR_HI) for _ in range(64)]
@@ -324,8 +324,8 @@ def test_64_old_style_streams_fill_a_batch_of_64_with_16_threads() -> None:
         assert [len(batch) for batch in held.batches] == [64]
 
 
-def test_hundreds_of_streams_of_one_connection_are_served_at_once() -> None:
-    # More than HTTP/2 peers often allow on one connection.
+def test_300_streams_of_one_connection_are_served_at_once() -> None:
+    # HTTP/2 peers often allow no more than 100 on one connection.
     with Held() as held, serving(held, batch_size=300, num_threads=1) as batcher, connect(batcher) as client:
         plug = in_callback(held, client, b"in front")
         requests = [in_background(client.send_request, b"%d" % number) for number in range(300)]
@@ -347,7 +347,7 @@ def test_an_old_style_stream_with_several_messages_gets_their_answers_in_order()
         assert call.code() is grpc.StatusCode.OK
 
 
-def test_a_stream_without_any_message_ends_well() -> None:
+def test_a_stream_without_messages_ends_with_ok() -> None:
     with serving() as batcher, grpc.insecure_channel(address_of(batcher)) as channel:
         call = channel.stream_stream("/mukoe_batcher.MukoeService/ProcessRequest")(iter(()))
         assert list(call) == []
@@ -368,11 +368,11 @@ def test_an_old_style_caller_that_cancels_leaves_nothing_behind() -> None:
         plug.result()
 
 
-# ---- servers of the old kind ----
+# ---- old servers ----
 
 
 def serve_as_the_old_wheel_does(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-    """Read a message, answer it, and read the next, for as long as the stream lives."""
+    """Read a message, answer it, and read the next, until the stream ends."""
     for message in messages:
         request = MukoeRequest.FromString(message)
         kind = request.WhichOneof("request_type")
@@ -403,7 +403,7 @@ def test_many_threads_of_a_client_are_answered_by_an_old_style_server() -> None:
             caller.result()
 
 
-def test_a_client_uses_its_stream_to_an_old_style_server_again() -> None:
+def test_a_client_reuses_its_stream_to_an_old_style_server() -> None:
     streams = []
 
     def count_streams(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -416,7 +416,7 @@ def test_a_client_uses_its_stream_to_an_old_style_server_again() -> None:
         assert len(streams) == 1
 
 
-# ---- the bytes between ----
+# ---- the bytes on the wire ----
 
 
 @pytest.mark.parametrize(
@@ -473,8 +473,8 @@ def test_a_server_sends_the_contracts_bytes(result: Any, wire: str) -> None:
         assert client.send_request(b"hi") == result
 
 
-def test_an_answer_in_another_but_valid_form_is_read() -> None:
-    # Fields out of order, unknown ones, a key without its pair, and a result in two parts.
+def test_an_answer_in_an_unusual_but_valid_form_is_read() -> None:
+    # Fields out of order, unknown fields, and a result in two parts.
     odd = [
         "0a 02 10 07 0a 08 0a 06 12 01 31 0a 01 61",
         "7a 01 21 0a 0d 10 07 0a 06 0a 01 61 12 01 31 7a 01 21",

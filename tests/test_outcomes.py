@@ -1,6 +1,6 @@
-"""What becomes of a request, over a real socket: the rows of the table of outcomes, and what the others get.
+"""How a request ends, over a real socket: the rows of the table of outcomes, and what the other requests get.
 
-In each test the next batch is served as if nothing had been.
+In each test the next batch is served as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ RESOURCE_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 DEADLINE_EXCEEDED = grpc.StatusCode.DEADLINE_EXCEEDED
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
-# A "repr" request for b"hi", and a "dyna" request for b"hi" and 3, as they travel.
+# The messages of a "repr" request for b"hi", and of a "dyna" request for b"hi" and 3.
 REPR_HI = bytes.fromhex("0a040a026869")
 DYNA_HI = bytes.fromhex("12060a0268691003")
 
 
 def outcomes_of_batch(batch_process_fn: Callable[[list[Any]], Any], *datas: bytes) -> list[Any]:
-    """Send requests that make up one batch, in this order; return for each its answer or its RequestError.
+    """Send requests that make up one batch, in this order. Returns each one's answer or RequestError.
 
-    The callback gets other requests, too, before the batch and after it. Those have to be answered.
+    The callback also gets a request before the batch and one after it, which must be answered.
     """
     with Held(batch_process_fn) as held, serving(held, batch_size=len(datas)) as batcher, connect(batcher) as client:
         plug = in_callback(held, client, b"before")
@@ -68,12 +68,12 @@ def outcomes_of_batch(batch_process_fn: Callable[[list[Any]], Any], *datas: byte
 
 
 def whole_batch(spoil: Callable[[list[bytes]], Any]) -> Callable[[list[bytes]], Any]:
-    """A callback that echoes, but for a batch with b"bad" in it."""
+    """Return a callback that echoes, except for a batch that contains b"bad"."""
     return lambda requests: spoil(requests) if b"bad" in requests else echo(requests)
 
 
 def one_result(spoiled: Any) -> Callable[[list[bytes]], Any]:
-    """A callback that echoes, but answers b"bad" with something else."""
+    """Return a callback that echoes, but returns something else for b"bad"."""
     return lambda requests: [spoiled if data == b"bad" else answer(data) for data in requests]
 
 
@@ -117,7 +117,7 @@ def test_every_request_of_a_batch_gets_its_own_answer() -> None:
         pytest.param(({"a": bytes(3_000_000)}, 0), ({"a": bytes(3_000_000)}, 0), id="large"),
     ],
 )
-def test_an_answer_arrives_as_the_callback_gave_it(result: Any, received: Any) -> None:
+def test_an_answer_arrives_as_the_callback_returned_it(result: Any, received: Any) -> None:
     assert outcomes_of_batch(one_result(result), b"x", b"bad", b"y") == [answer(b"x"), received, answer(b"y")]
 
 
@@ -164,13 +164,15 @@ class OwnBaseError(BaseException):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_when_the_callback_raises_the_whole_batch_gets_its_type_and_text(error: BaseException, text: str) -> None:
+def test_a_callback_that_raises_fails_the_whole_batch_with_the_errors_type_and_text(
+    error: BaseException, text: str
+) -> None:
     outcomes = outcomes_of_batch(raising(error), b"a", b"bad", b"c")
     for outcome in outcomes:
         assert_error(outcome, INTERNAL, text)
 
 
-def test_when_the_callback_raises_it_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_callback_raises_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR, logger="grpc_batcher"):
         outcomes_of_batch(raising(OwnError("find me")), b"bad")
     [record] = [record for record in caplog.records if record.name == "grpc_batcher"]
@@ -191,20 +193,20 @@ def test_when_the_callback_raises_it_is_logged_with_its_traceback(caplog: pytest
     ],
     ids=["ascii", "two bytes", "three bytes", "four bytes", "percent", "newlines", "nulls"],
 )
-def test_a_very_long_error_arrives_shortened(text: str) -> None:
+def test_a_very_long_error_text_is_shortened(text: str) -> None:
     [outcome] = outcomes_of_batch(raising(ValueError(f"begin {text}")), b"bad")
     assert_error(outcome, INTERNAL, f"ValueError: begin {text[:50]}")
     assert len(outcome.details()) < len(text)
 
 
 @pytest.mark.parametrize("text", ["\u00e4\u20ac\U0001f642", "two\nlines", "a\0null", "100 %", "%41"], ids=repr)
-def test_an_error_arrives_with_every_character_of_its_text(text: str) -> None:
+def test_every_character_of_an_error_text_arrives(text: str) -> None:
     [outcome] = outcomes_of_batch(raising(ValueError(text)), b"bad")
     assert_error(outcome, INTERNAL, f"ValueError: {text}")
 
 
-def test_an_error_whose_text_utf8_can_not_express_arrives_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
-    # pytest can not hand such a line of the log from one process to another.
+def test_an_error_text_that_utf8_cannot_express_still_arrives(caplog: pytest.LogCaptureFixture) -> None:
+    # pytest-xdist cannot pass such a log line from one process to another.
     caplog.set_level(logging.CRITICAL + 1, logger="grpc_batcher")
     [outcome] = outcomes_of_batch(raising(OSError("no such file: caf\udce9")), b"bad")
     assert_error(outcome, INTERNAL, "OSError: no such file: caf")
@@ -217,7 +219,7 @@ class Unprintable(Exception):
     __repr__ = __str__
 
 
-def test_an_error_whose_text_can_not_be_had_arrives_with_its_type() -> None:
+def test_an_error_whose_text_raises_arrives_with_its_type() -> None:
     [outcome] = outcomes_of_batch(raising(Unprintable()), b"bad")
     assert_error(outcome, INTERNAL, "Unprintable")
 
@@ -235,7 +237,7 @@ def test_an_error_whose_text_can_not_be_had_arrives_with_its_type() -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_an_exception_for_a_result_fails_that_request_alone(error: BaseException, text: str) -> None:
+def test_an_exception_in_place_of_a_result_fails_only_that_request(error: BaseException, text: str) -> None:
     first, outcome, last = outcomes_of_batch(one_result(error), b"a", b"bad", b"c")
     assert_error(outcome, INTERNAL, text)
     assert (first, last) == (answer(b"a"), answer(b"c"))
@@ -270,8 +272,8 @@ class BrokenMapping(Mapping[str, bytes]):
         pytest.param("ab", "", id="str of two"),
         pytest.param(b"data", "a bytes", id="bytes"),
         pytest.param(3, "a int", id="int"),
-        pytest.param({"a": b"1"}, "a dict", id="dictionary alone"),
-        pytest.param({"a": b"1", "b": b"2"}, "a dict", id="dictionary of two alone"),
+        pytest.param({"a": b"1"}, "a dict", id="only a dictionary"),
+        pytest.param({"a": b"1", "b": b"2"}, "a dict", id="only a dictionary of two"),
         pytest.param((), "a tuple", id="empty tuple"),
         pytest.param(({},), "a tuple", id="tuple of one"),
         pytest.param(({}, 0, 0), "a tuple", id="tuple of three"),
@@ -289,8 +291,8 @@ class BrokenMapping(Mapping[str, bytes]):
         pytest.param(({WithoutText(): b"1"}, 0), "", id="key without text"),
         pytest.param(({WithoutRepr(): 2}, 0), "", id="key without repr"),
         pytest.param((BrokenMapping(), 0), "broken mapping", id="broken mapping"),
-        pytest.param(({1: b"1", "1": b"2"}, 0), "the same as text", id="keys the same as text"),
-        pytest.param(({"\udce9": b"1"}, 0), "UTF-8", id="key that UTF-8 can not express"),
+        pytest.param(({1: b"1", "1": b"2"}, 0), "equal as text", id="keys that are equal as text"),
+        pytest.param(({"\udce9": b"1"}, 0), "UTF-8", id="key that UTF-8 cannot express"),
         pytest.param(({}, None), "a NoneType", id="None for the step"),
         pytest.param(({}, "3"), "a str: '3'", id="str for the step"),
         pytest.param(({}, 1.0), "a float: 1.0", id="float for the step"),
@@ -299,7 +301,7 @@ class BrokenMapping(Mapping[str, bytes]):
         pytest.param(({}, 10**5000), "", id="step of 5,000 digits"),
     ],
 )
-def test_a_result_of_a_wrong_shape_or_type_fails_that_request_alone(result: Any, text: str) -> None:
+def test_a_result_of_the_wrong_shape_or_type_fails_only_that_request(result: Any, text: str) -> None:
     first, outcome, last = outcomes_of_batch(one_result(result), b"a", b"bad", b"c")
     assert_error(outcome, INTERNAL, text)
     assert (first, last) == (answer(b"a"), answer(b"c"))
@@ -318,7 +320,7 @@ def test_a_result_of_a_wrong_shape_or_type_fails_that_request_alone(result: Any,
     ],
     ids=["none", "too few", "too many", "far too many"],
 )
-def test_a_wrong_number_of_results_fails_the_whole_batch_with_both_numbers(spoil: Any, count: str) -> None:
+def test_the_wrong_number_of_results_fails_the_whole_batch_with_both_numbers(spoil: Any, count: str) -> None:
     outcomes = outcomes_of_batch(whole_batch(spoil), b"a", b"bad", b"c")
     for outcome in outcomes:
         assert_error(outcome, INTERNAL, f"returned {count} for 3")
@@ -339,19 +341,19 @@ def test_a_wrong_number_of_results_fails_the_whole_batch_with_both_numbers(spoil
     ],
     ids=["None", "generator", "str", "bytes", "int", "dict", "set", "exception", "without repr"],
 )
-def test_something_that_is_no_list_fails_the_whole_batch_with_its_type(spoil: Any, kind: str) -> None:
+def test_a_return_value_that_is_not_a_list_fails_the_whole_batch_with_its_type(spoil: Any, kind: str) -> None:
     outcomes = outcomes_of_batch(whole_batch(spoil), b"a", b"bad", b"c")
     for outcome in outcomes:
         assert_error(outcome, INTERNAL, kind)
 
 
-# ---- requests that are not let in ----
+# ---- requests that are refused ----
 
 
 def assert_refused_and_others_unharmed(
     refused: Callable[[MukoeBatcher], Any], check: Callable[[Any], None], **options: Any
 ) -> None:
-    """Have something refused while a callback runs and two requests wait; all three are then answered."""
+    """Have something refused while a callback runs and two requests wait; those three must then be answered."""
     with Held() as held, serving(held, **options) as batcher, connect(batcher) as client:
         requests = [in_callback(held, client, b"in the callback")]
         requests += [waiting(batcher, client.send_request, data) for data in (b"waits", b"waits, too")]
@@ -382,7 +384,7 @@ def assert_refused_and_others_unharmed(
         ),
     ],
 )
-def test_a_message_that_is_no_request_of_this_kind_is_refused(message: bytes, parts: list[str]) -> None:
+def test_a_message_that_is_not_a_request_of_this_kind_is_refused(message: bytes, parts: list[str]) -> None:
     def check(reply: Any) -> None:
         assert reply.code is INVALID_ARGUMENT
         assert reply.messages == []
@@ -401,7 +403,7 @@ def test_a_client_that_sends_the_wrong_kind_gets_invalid_argument() -> None:
 
 
 def test_a_request_with_unknown_fields_is_answered() -> None:
-    # Field 15 of the message inside, and field 15 of that outside.
+    # Field 15 of the inner message, and field 15 of the outer one.
     message = bytes.fromhex("0a070a0268697a0121") + bytes.fromhex("7a0121")
     with serving() as batcher:
         reply = old_style_request(address_of(batcher), message)
@@ -429,12 +431,50 @@ def test_a_request_beyond_a_full_queue_is_refused_at_once() -> None:
             return error_of(another.send_request, b"one too many")
 
     assert_refused_and_others_unharmed(
-        send_one_more, lambda error: assert_error(error, RESOURCE_EXHAUSTED, "2", "max_queue_size"), max_queue_size=2
+        send_one_more,
+        lambda error: assert_error(error, RESOURCE_EXHAUSTED, "2 requests are waiting", "max_queue_size"),
+        batch_size=2,
+        max_queue_size=2,
     )
 
 
-def test_a_client_whose_request_met_a_full_queue_is_served_once_there_is_room() -> None:
-    with Held() as held, serving(held, max_queue_size=1) as batcher, connect(batcher) as client:
+def test_a_request_beyond_max_queue_bytes_is_refused_at_once() -> None:
+    """The two that wait have 9 and 14 bytes. A message has 4 bytes more than its data here."""
+
+    def send_one_more(batcher: MukoeBatcher) -> RequestError:
+        assert batcher.metrics().waiting_bytes == 9 + 14
+        with connect(batcher) as another:
+            return error_of(another.send_request, bytes(8))
+
+    def check(error: RequestError) -> None:
+        assert_error(error, RESOURCE_EXHAUSTED, "23 bytes", "this request's 12", "limit of 34", "max_queue_bytes")
+
+    assert_refused_and_others_unharmed(send_one_more, check, max_queue_bytes=34)
+
+
+def test_requests_up_to_exactly_max_queue_bytes_may_wait() -> None:
+    with Held() as held, serving(held, max_queue_bytes=24) as batcher, connect(batcher) as client:
+        requests = [in_callback(held, client, bytes(8))]
+        requests += [waiting(batcher, client.send_request, bytes(8)) for _ in range(2)]
+        assert (batcher.metrics().waiting, batcher.metrics().waiting_bytes) == (2, 24)
+        assert_error(error_of(client.send_request, b""), RESOURCE_EXHAUSTED, "max_queue_bytes")
+        held.release(2)
+        for request in requests:
+            assert request.result() == answer(bytes(8))
+        assert batcher.metrics().waiting_bytes == 0
+        held.release()
+        assert client.send_request(bytes(20)) == answer(bytes(20))
+        assert batcher.metrics().requests == {"OK": 4, "RESOURCE_EXHAUSTED": 1}
+
+
+def test_a_request_of_more_than_max_queue_bytes_is_refused_though_nothing_waits() -> None:
+    with serving(max_queue_bytes=100) as batcher, connect(batcher) as client:
+        assert_error(error_of(client.send_request, bytes(97)), RESOURCE_EXHAUSTED, "0 bytes", "101", "max_queue_bytes")
+        assert client.send_request(bytes(96)) == answer(bytes(96))
+
+
+def test_after_a_full_queue_a_client_is_served_once_there_is_room() -> None:
+    with Held() as held, serving(held, batch_size=1, max_queue_size=1) as batcher, connect(batcher) as client:
         requests = [in_callback(held, client, b"in the callback"), waiting(batcher, client.send_request, b"waits")]
         for _ in range(3):
             assert_error(error_of(client.send_request, b"one too many"), RESOURCE_EXHAUSTED, "max_queue_size")
@@ -454,7 +494,7 @@ def test_a_stream_beyond_the_limit_is_refused_at_once() -> None:
     )
 
 
-def test_a_stream_is_let_in_once_another_was_closed() -> None:
+def test_a_stream_is_accepted_once_another_is_closed() -> None:
     with serving(max_streams=1) as batcher, connect(batcher) as second:
         with connect(batcher) as first:
             assert first.send_request(b"x") == answer(b"x")
@@ -469,20 +509,20 @@ def test_a_message_over_the_limit_is_refused_with_both_sizes() -> None:
         with connect(batcher) as another:
             return error_of(another.send_request, bytes(5000))
 
-    # 5,000 bytes, a tag and a length around them, and a tag and a length around those.
+    # 5,000 bytes of data, a tag and a length (3 bytes) around them, and once more around those.
     assert_refused_and_others_unharmed(
         send_too_much, lambda error: assert_error(error, RESOURCE_EXHAUSTED, "1000", "5006"), max_message_bytes=1000
     )
 
 
-def test_a_message_of_just_the_limit_is_taken() -> None:
+def test_a_message_of_exactly_the_limit_is_accepted() -> None:
     with serving(max_message_bytes=1000) as batcher, connect(batcher) as client:
         assert client.send_request(bytes(994)) == answer(bytes(994))
         assert_error(error_of(client.send_request, bytes(995)), RESOURCE_EXHAUSTED, "1000", "1001")
         assert client.send_request(bytes(994)) == answer(bytes(994))
 
 
-def test_messages_of_many_mebibytes_pass_by_default() -> None:
+def test_messages_of_20_mebibytes_pass_by_default() -> None:
     data = bytes(20 * 1024 * 1024)
     with serving() as batcher, connect(batcher) as client:
         assert client.send_request(data) == answer(data)
@@ -493,13 +533,13 @@ def test_an_answer_over_the_clients_limit_is_refused_with_both_sizes() -> None:
         return [({"r": bytes(int(data))}, 0) for data in requests]
 
     with serving(answer_by_number) as batcher, connect(batcher, max_message_bytes=1000) as client:
-        # The key and its tag and length; the value's tag and length; two levels around.
+        # The value, plus the key and the tags and lengths of four levels.
         assert client.send_request(b"%d" % 988) == ({"r": bytes(988)}, 0)
         assert_error(error_of(client.send_request, b"%d" % 5000), RESOURCE_EXHAUSTED, "1000", "5012")
         assert client.send_request(b"%d" % 988) == ({"r": bytes(988)}, 0)
 
 
-# ---- callers that wait no longer ----
+# ---- callers that stop waiting ----
 
 
 def by_time_limit(client: MukoeBatcherClient, address: str, timeout_s: float) -> grpc.StatusCode:
@@ -519,7 +559,7 @@ def by_an_old_style_deadline(client: MukoeBatcherClient, address: str, timeout_s
     return reply.code
 
 
-# On a busy machine a short time may be over before the request is where the test wants it; then a longer one is tried.
+# On a busy machine a short time limit may pass before the request is where the test wants it; then try a longer one.
 TIME_LIMITS_S = (0.15, 1.5, 15)
 
 by_every_deadline = pytest.mark.parametrize(
@@ -528,7 +568,7 @@ by_every_deadline = pytest.mark.parametrize(
 
 
 @by_every_deadline
-def test_a_request_whose_deadline_passes_while_it_waits_is_never_given_to_the_callback(send: Any) -> None:
+def test_a_request_whose_deadline_passes_while_it_waits_never_reaches_the_callback(send: Any) -> None:
     def deadline_passed_while_waiting(timeout_s: float) -> bool:
         with Held() as held, serving(held) as batcher, connect(batcher) as client, connect(batcher) as others:
             held.release()
@@ -553,7 +593,7 @@ def test_a_request_whose_deadline_passes_while_it_waits_is_never_given_to_the_ca
 
 
 @by_every_deadline
-def test_a_deadline_that_passes_in_the_callback_leaves_the_rest_of_the_batch_their_answers(send: Any) -> None:
+def test_a_deadline_that_passes_in_the_callback_does_not_affect_the_rest_of_the_batch(send: Any) -> None:
     def deadline_passed_in_the_callback(timeout_s: float) -> bool:
         with Held() as held, serving(held) as batcher, connect(batcher) as client, connect(batcher) as others:
             held.release()
@@ -582,7 +622,7 @@ def test_a_request_with_time_left_is_answered() -> None:
         assert old_style_request(address_of(batcher), REPR_HI, 1000).code is grpc.StatusCode.OK
 
 
-def test_a_request_whose_caller_cancelled_is_never_given_to_the_callback() -> None:
+def test_a_cancelled_request_never_reaches_the_callback() -> None:
     with Held() as held, serving(held) as batcher, connect(batcher) as client:
         in_front = in_callback(held, client, b"in front")
         before = waiting(batcher, client.send_request, b"before")
@@ -598,7 +638,7 @@ def test_a_request_whose_caller_cancelled_is_never_given_to_the_callback() -> No
         assert held.batches == [[b"in front"], [b"before", b"behind"], [b"after"]]
 
 
-def test_a_caller_that_cancels_in_the_callback_leaves_the_rest_of_the_batch_their_answers() -> None:
+def test_a_request_cancelled_in_the_callback_does_not_affect_the_rest_of_the_batch() -> None:
     with Held() as held, serving(held) as batcher, connect(batcher) as client:
         in_front = in_callback(held, client, b"in front")
         first = waiting(batcher, client.send_request, b"first")
@@ -616,7 +656,7 @@ def test_a_caller_that_cancels_in_the_callback_leaves_the_rest_of_the_batch_thei
         assert held.batches[1] == [b"first", b"hi", b"last"]
 
 
-def test_a_client_that_is_closed_takes_its_waiting_requests_with_it() -> None:
+def test_closing_a_client_removes_its_waiting_requests() -> None:
     with Held() as held, serving(held) as batcher, connect(batcher) as client, connect(batcher) as leaver:
         in_front = in_callback(held, client, b"in front")
         left = [waiting(batcher, leaver.send_request, data) for data in (b"one", b"two")]
@@ -630,10 +670,10 @@ def test_a_client_that_is_closed_takes_its_waiting_requests_with_it() -> None:
         assert held.batches == [[b"in front"], [b"behind"]]
 
 
-# ---- closing, or no server ----
+# ---- shutting down, or no server ----
 
 
-def test_while_the_batcher_closes_new_requests_are_refused_and_those_taken_in_are_answered() -> None:
+def test_during_a_shutdown_new_requests_are_refused_and_those_taken_in_are_answered() -> None:
     with (
         Held() as held,
         serving(held) as batcher,
@@ -655,7 +695,7 @@ def test_while_the_batcher_closes_new_requests_are_refused_and_those_taken_in_ar
         assert held.batches == [[b"first"], [b"in the callback"], [b"waits"]]
 
 
-def test_what_has_no_answer_when_the_grace_is_over_gets_unavailable(caplog: pytest.LogCaptureFixture) -> None:
+def test_requests_left_when_the_grace_period_ends_get_unavailable(caplog: pytest.LogCaptureFixture) -> None:
     with Held() as held, serving(held) as batcher, connect(batcher) as client:
         requests = [in_callback(held, client, b"in the callback")]
         requests += [waiting(batcher, client.send_request, b"waits")]
@@ -668,8 +708,8 @@ def test_what_has_no_answer_when_the_grace_is_over_gets_unavailable(caplog: pyte
         assert held.batches == [[b"in the callback"]]
 
 
-def test_a_large_answer_is_sent_to_its_end_while_the_batcher_closes() -> None:
-    size = 16 * 2**20  # more than gRPC sends before its reader reads
+def test_a_large_answer_is_sent_completely_during_a_shutdown() -> None:
+    size = 16 * 2**20  # more than gRPC sends before the other end reads
     with serving(lambda requests: [({"result": bytes(size)}, 0)]) as batcher:
         with old_style_call(address_of(batcher), MODELS["repr"].write_request({"data": b"x"})) as call:
             eventually(lambda: batcher.metrics().requests.get("OK"))
@@ -680,7 +720,7 @@ def test_a_large_answer_is_sent_to_its_end_while_the_batcher_closes() -> None:
         shutdown.result()
 
 
-def test_old_style_requests_get_unavailable_while_the_batcher_closes() -> None:
+def test_old_style_requests_get_unavailable_during_a_shutdown() -> None:
     with Held() as held, serving(held) as batcher, connect(batcher) as client:
         request = in_callback(held, client, b"in the callback")
         shutdown = in_background(batcher.shutdown, grace_s=60)
@@ -692,16 +732,16 @@ def test_old_style_requests_get_unavailable_while_the_batcher_closes() -> None:
         shutdown.result()
 
 
-def test_without_a_server_requests_get_unavailable() -> None:
+def test_requests_get_unavailable_if_there_is_no_server() -> None:
     with socket.socket() as deaf:
-        deaf.bind(("127.0.0.1", 0))  # so that nobody listens on this port
+        deaf.bind(("127.0.0.1", 0))  # nobody listens on this port
         with MukoeBatcherClient(f"127.0.0.1:{deaf.getsockname()[1]}") as client:
             for _ in range(3):
                 assert_error(error_of(client.send_request, b"x"), UNAVAILABLE)
             assert_error(error_of(client.send_request, b"x", timeout_s=1000), UNAVAILABLE)
 
 
-def test_after_its_server_was_shut_down_a_client_gets_unavailable() -> None:
+def test_requests_get_unavailable_after_their_server_was_shut_down() -> None:
     with serving() as batcher, connect(batcher) as client:
         assert client.send_request(b"x") == answer(b"x")
         batcher.shutdown()
@@ -712,7 +752,7 @@ def test_after_its_server_was_shut_down_a_client_gets_unavailable() -> None:
 # ---- the errors themselves ----
 
 
-def test_an_error_is_a_grpc_error_that_can_be_pickled() -> None:
+def test_a_request_error_is_a_grpc_error_and_can_be_pickled() -> None:
     [error] = outcomes_of_batch(raising(ValueError("the network broke")), b"bad")
     assert isinstance(error, grpc.RpcError)
     copy = pickle.loads(pickle.dumps(error))

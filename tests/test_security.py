@@ -1,4 +1,4 @@
-"""Who is served: TLS, certificates of the callers' own, and tokens. And what is said to who starts a server without."""
+"""Who is served: TLS, client certificates and tokens. And the warning about a server without them."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def trusting(certificates: Certificates, own: Pair | None = None) -> grpc.Channe
 
 
 def refused(client: MukoeBatcherClient, code: grpc.StatusCode) -> None:
-    """The client's requests fail so, each time."""
+    """Check that each of the client's requests fails with this code."""
     with client:
         for _ in range(2):
-            assert error_of(client.send_request, b"from the wrong one").code() is code
+            assert error_of(client.send_request, b"from the wrong client").code() is code
 
 
 # ---- TLS ----
 
 
-def test_a_client_that_trusts_the_servers_authority_is_answered(certificates: Certificates) -> None:
+def test_a_client_that_trusts_the_servers_authority_is_served(certificates: Certificates) -> None:
     with (
         serving(credentials=tls(certificates)) as batcher,
         connect(batcher, credentials=trusting(certificates)) as client,
@@ -53,7 +53,7 @@ def test_a_client_that_trusts_the_servers_authority_is_answered(certificates: Ce
         assert client.send_request(b"y" * 1_000_000) == answer(b"y" * 1_000_000)
 
 
-def test_a_client_in_plaintext_or_of_another_authority_gets_unavailable_and_its_request_goes_nowhere(
+def test_a_client_in_plaintext_or_with_another_authority_gets_unavailable(
     certificates: Certificates, strange_certificates: Certificates
 ) -> None:
     with (
@@ -68,7 +68,7 @@ def test_a_client_in_plaintext_or_of_another_authority_gets_unavailable_and_its_
         assert held.batches == [[b"x"]]
 
 
-def test_a_client_that_wants_tls_gets_unavailable_from_a_server_in_plaintext(certificates: Certificates) -> None:
+def test_a_client_that_uses_tls_gets_unavailable_from_a_plaintext_server(certificates: Certificates) -> None:
     with serving() as batcher:
         refused(connect(batcher, credentials=trusting(certificates)), UNAVAILABLE)
         assert batcher.metrics().batched_requests == 0
@@ -81,10 +81,10 @@ def test_a_client_refuses_a_server_whose_certificate_is_for_another_name(certifi
         assert batcher.metrics().batched_requests == 0
 
 
-# ---- certificates of the callers' own ----
+# ---- client certificates ----
 
 
-def test_only_clients_with_a_certificate_of_the_servers_authority_are_answered(
+def test_only_clients_with_a_certificate_of_the_servers_authority_are_served(
     certificates: Certificates, strange_certificates: Certificates
 ) -> None:
     with (
@@ -101,7 +101,7 @@ def test_only_clients_with_a_certificate_of_the_servers_authority_are_answered(
 
 
 @pytest.mark.parametrize(("option", "version"), [("-tls1_3", "TLSv1.3"), ("-tls1_2", "TLSv1.2")])
-def test_tls_1_3_and_1_2_are_spoken_with_http_2_on_top(option: str, version: str, certificates: Certificates) -> None:
+def test_tls_1_3_and_1_2_are_supported_with_http_2(option: str, version: str, certificates: Certificates) -> None:
     with serving(credentials=mutual_tls(certificates)) as batcher:
         said = openssl_says(batcher, certificates, option)
     assert f"New, {version}, Cipher is " in said, said
@@ -109,14 +109,14 @@ def test_tls_1_3_and_1_2_are_spoken_with_http_2_on_top(option: str, version: str
     assert "Verify return code: 0 (ok)" in said
 
 
-def test_tls_1_1_is_not_spoken(certificates: Certificates) -> None:
+def test_tls_1_1_is_not_supported(certificates: Certificates) -> None:
     with serving(credentials=mutual_tls(certificates)) as batcher:
         said = openssl_says(batcher, certificates, "-tls1_1", "-cipher", "ALL:@SECLEVEL=0")
     assert "New, (NONE), Cipher is (NONE)" in said, said
 
 
 def openssl_says(batcher: MukoeBatcher, certificates: Certificates, *options: str) -> str:
-    """What `openssl s_client` tells of a connection to a batcher."""
+    """Return what `openssl s_client` prints about a connection to a batcher."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed here")
     files = {
@@ -128,7 +128,7 @@ def openssl_says(batcher: MukoeBatcher, certificates: Certificates, *options: st
     for option, name in files.items():
         command += [option, str(certificates.folder / name)]
     said = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROGRAM_LIMIT_S, check=False)
-    return (said.stdout + said.stderr).decode(errors="replace")  # what the server sends is among it
+    return (said.stdout + said.stderr).decode(errors="replace")  # it includes what the server sends
 
 
 # ---- tokens ----
@@ -142,11 +142,11 @@ class TokenCheck(grpc.ServerInterceptor):  # type: ignore[misc]
 
     @staticmethod
     def _refuse(_messages: object, context: grpc.ServicerContext) -> None:
-        context.abort(UNAUTHENTICATED, "no token, or a wrong one")
+        context.abort(UNAUTHENTICATED, "the token is missing or wrong")
 
 
 @pytest.mark.parametrize("metadata", [(), (("authorization", "Bearer wrong"),), (("token", "Bearer right"),)])
-def test_a_client_without_the_token_gets_unauthenticated_and_its_request_goes_nowhere(metadata: Any) -> None:
+def test_a_client_without_the_token_gets_unauthenticated(metadata: Any) -> None:
     with (
         Held() as held,
         serving(held, interceptors=[TokenCheck()]) as batcher,
@@ -159,25 +159,72 @@ def test_a_client_without_the_token_gets_unauthenticated_and_its_request_goes_no
         assert held.batches == [[b"x"], [b"y"]]
 
 
-# ---- certificates that are none ----
+@pytest.mark.parametrize("kind", [iter, lambda checks: (check for check in checks)], ids=["iterator", "generator"])
+def test_a_token_check_that_is_given_in_an_iterator_refuses_callers_without_the_token(kind: Any) -> None:
+    """An iterator is empty the second time: were the checks of its items the first, no interceptor would be left."""
+    with (
+        serving(interceptors=kind([TokenCheck()])) as batcher,
+        connect(batcher, metadata=kind([("authorization", "Bearer right")])) as right,
+    ):
+        for _ in range(2):
+            refused(connect(batcher), UNAUTHENTICATED)
+            refused(connect(batcher, metadata=kind([("authorization", "Bearer wrong")])), UNAUTHENTICATED)
+            assert right.send_request(b"x") == answer(b"x")
+        assert batcher.metrics().requests == {"OK": 2}
+
+
+class SendToken(grpc.StreamStreamClientInterceptor):  # type: ignore[misc]
+    def intercept_stream_stream(self, continuation: Any, details: Any, messages: Any) -> Any:
+        metadata = (*(details.metadata or ()), ("authorization", "Bearer right"))
+        return continuation(details._replace(metadata=metadata), messages)
+
+
+def test_a_clients_interceptors_may_be_given_in_a_generator() -> None:
+    with (
+        serving(interceptors=[TokenCheck()]) as batcher,
+        connect(batcher, interceptors=(interceptor for interceptor in [SendToken()])) as client,
+    ):
+        assert client.send_request(b"x") == answer(b"x")
+
+
+def test_a_clients_options_may_be_given_in_a_generator(certificates: Certificates) -> None:
+    """One that is lost would let the client accept a certificate for the wrong name."""
+    options = (("grpc.ssl_target_name_override", name) for name in ["elsewhere.example"])
+    with serving(credentials=tls(certificates)) as batcher:
+        refused(connect(batcher, credentials=trusting(certificates), options=options), UNAVAILABLE)
+
+
+def test_a_bad_interceptor_in_an_iterator_is_refused_by_both_ends() -> None:
+    with pytest.raises(TypeError, match="interceptors contains 'not one'"):
+        create_batcher("repr", 1, 0.0, 0, batch_process_fn=echo, interceptors=iter(["not one"]))
+    with pytest.raises(TypeError, match="interceptors contains 'not one'"):
+        MukoeBatcherClient("localhost:1", interceptors=iter(["not one"]))
+
+
+def test_bad_metadata_in_an_iterator_is_refused() -> None:
+    with pytest.raises(ValueError, match="metadata contains the key 'Token'"):
+        MukoeBatcherClient("localhost:1", metadata=iter([("Token", "right")]))
+
+
+# ---- unusable credentials ----
 
 
 def bad_credentials(which: str, certificates: Certificates) -> grpc.ServerCredentials:
     key, certificate = certificates.server
-    if which == "the certificate is no PEM":
-        return grpc.ssl_server_credentials([(key, b"no certificate")])
-    if which == "the key is no PEM":
-        return grpc.ssl_server_credentials([(b"no key", certificate)])
-    if which == "the key is another's":
+    if which == "the certificate is not PEM":
+        return grpc.ssl_server_credentials([(key, b"not a certificate")])
+    if which == "the key is not PEM":
+        return grpc.ssl_server_credentials([(b"not a key", certificate)])
+    if which == "the key does not match":
         return grpc.ssl_server_credentials([(certificates.client.key, certificate)])
-    return grpc.ssl_server_credentials([(key, certificate)], b"no certificates", require_client_auth=True)
+    return grpc.ssl_server_credentials([(key, certificate)], b"not certificates", require_client_auth=True)
 
 
 @pytest.mark.parametrize(
     "which",
-    ["the certificate is no PEM", "the key is no PEM", "the key is another's", "the root certificates are no PEM"],
+    ["the certificate is not PEM", "the key is not PEM", "the key does not match", "the root certificates are not PEM"],
 )
-def test_credentials_that_are_none_are_a_value_error_of_start_which_leaves_nothing_behind(
+def test_start_raises_value_error_for_unusable_credentials_and_leaves_nothing_behind(
     which: str, certificates: Certificates
 ) -> None:
     batcher = create_batcher(
@@ -198,8 +245,8 @@ def test_credentials_that_are_none_are_a_value_error_of_start_which_leaves_nothi
     batcher.shutdown()
 
 
-def test_with_good_credentials_a_port_in_use_is_a_bind_error(certificates: Certificates) -> None:
-    with serving() as other, pytest.raises(OSError, match=r"can not listen on .*: Address already in use"):
+def test_a_port_in_use_is_a_bind_error_with_credentials_as_well(certificates: Certificates) -> None:
+    with serving() as other, pytest.raises(OSError, match=r"cannot listen on .*: Address already in use"):
         create_batcher(
             "repr", 1, 0.0, other.port, batch_process_fn=echo, host="127.0.0.1", credentials=tls(certificates)
         ).start()
@@ -212,7 +259,7 @@ def test_with_good_credentials_a_port_in_use_is_a_bind_error(certificates: Certi
     ("host", "is_secured", "warnings"),
     [("0.0.0.0", False, 1), ("0.0.0.0", True, 0), ("127.0.0.1", False, 0), ("localhost", False, 0)],
 )
-def test_one_warning_is_logged_at_start_where_others_can_reach_a_batcher_in_plaintext(
+def test_start_logs_one_warning_if_other_machines_can_reach_a_plaintext_batcher(
     host: str, is_secured: bool, warnings: int, certificates: Certificates, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING), serving(host=host, credentials=tls(certificates) if is_secured else None):
@@ -226,7 +273,7 @@ def test_one_warning_is_logged_at_start_where_others_can_reach_a_batcher_in_plai
 
 
 @pytest.mark.parametrize("name", ["tls.py", "mutual_tls.py", "token_check.py"])
-def test_the_examples_of_security_run_and_print_what_they_say(name: str, tmp_path: Path) -> None:
+def test_the_security_examples_run_and_print_what_their_comments_say(name: str, tmp_path: Path) -> None:
     pytest.importorskip("trustme")
     text = (EXAMPLES / name).read_text()
     expected = re.findall(r"^ *print\(.*\)  # (.*)$", text, re.MULTILINE)

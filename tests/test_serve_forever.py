@@ -1,4 +1,4 @@
-"""A process that serves until it is told to stop: signals, grace, exit status, and what it writes."""
+"""A process that serves until a signal: the grace period, the exit status, and what it prints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def handlers() -> list[Any]:
     return [signal.getsignal(number) for number in SIGNALS]
 
 
-# The callback prints what it holds, and answers when a line comes in.
+# The callback prints what it holds, and answers when it reads a line.
 PROGRAM = """
     import signal
     import sys
@@ -52,11 +52,11 @@ PROGRAM = """
     batcher = create_batcher("repr", 1, 0, port=0, host="127.0.0.1", batch_process_fn=answer_on_a_line)
     if "start" in sys.argv:
         batcher.start()
-    def say_port():
+    def print_port():
         batcher.wait_until_ready()
         print(batcher.port, flush=True)
     import threading
-    threading.Thread(target=say_port).start()
+    threading.Thread(target=print_port).start()
     batcher.serve_forever(grace_s=1000)
     is_restored = signal.getsignal(signal.SIGTERM) is own_handler and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     print("over", batcher.is_server_ready(), is_restored, flush=True)
@@ -65,12 +65,14 @@ PROGRAM = """
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("started", ["started before", "not started before"])
-def test_on_a_signal_it_answers_what_it_took_in_and_returns(number: int, started: str, tmp_path: Path) -> None:
+def test_on_a_signal_serve_forever_answers_what_was_taken_in_and_returns(
+    number: int, started: str, tmp_path: Path
+) -> None:
     arguments = ("start",) if started == "started before" else ()
     with (
         start_program(tmp_path, PROGRAM, *arguments) as program,
         MukoeBatcherClient(f"127.0.0.1:{program.read_line()}") as client,
-        MukoeBatcherClient(client._address) as late,
+        MukoeBatcherClient(client._connection.address) as late,
     ):
         request = in_background(client.send_request, b"taken in")
         assert program.read_line() == "holds [b'taken in']"
@@ -83,31 +85,33 @@ def test_on_a_signal_it_answers_what_it_took_in_and_returns(number: int, started
 
 
 def is_refused(client: MukoeBatcherClient) -> bool:
-    """Whether the server takes no more requests. One that it still takes waits for a batch, and is then given up."""
+    """Whether the server refuses requests. One that it still accepts would wait, and is given up."""
     error = error_of(client.send_request, b"too late?", timeout_s=0.2)
     return error.code() is grpc.StatusCode.UNAVAILABLE
 
 
 @pytest.mark.parametrize("first", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("second", SIGNALS, ids=lambda number: number.name)
-def test_a_second_signal_ends_the_process_though_the_callback_is_stuck(first: int, second: int, tmp_path: Path) -> None:
+def test_a_second_signal_ends_the_process_even_if_the_callback_is_stuck(
+    first: int, second: int, tmp_path: Path
+) -> None:
     with (
         start_program(tmp_path, PROGRAM) as program,
         MukoeBatcherClient(f"127.0.0.1:{program.read_line()}") as client,
-        MukoeBatcherClient(client._address) as late,
+        MukoeBatcherClient(client._connection.address) as late,
     ):
         request = in_background(client.send_request, b"never answered")
         program.read_line()
         program.send_signal(first)
         eventually(lambda: is_refused(late))
         program.send_signal(second)
-        program.wait()  # while its stdin is open, for which the callback waits
+        program.wait()  # its stdin stays open, and the callback waits for it
         status, output, errors = finish_program(program)
         assert (status, output, errors) == (128 + second, "", "")
         assert error_of(request.result).code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_it_returns_when_another_thread_has_shut_the_batcher_down() -> None:
+def test_serve_forever_returns_when_another_thread_shuts_the_batcher_down() -> None:
     before = handlers()
     batcher = create_batcher("repr", 1, 0.0, 0, batch_process_fn=echo, host="127.0.0.1")
 
@@ -124,14 +128,14 @@ def test_it_returns_when_another_thread_has_shut_the_batcher_down() -> None:
     assert handlers() == before
 
 
-def test_it_raises_in_a_thread_that_is_not_the_main_one_and_the_batcher_is_as_before() -> None:
+def test_serve_forever_raises_outside_the_main_thread_and_changes_nothing() -> None:
     with serving() as batcher, connect(batcher) as client:
         with pytest.raises(RuntimeError, match="call it in the main thread"):
             in_background(batcher.serve_forever).result()
         assert client.send_request(b"x") == answer(b"x")
 
 
-def test_an_address_that_can_not_be_had_is_raised_and_the_signals_are_handled_as_before() -> None:
+def test_serve_forever_raises_bind_error_and_restores_the_signal_handlers() -> None:
     before = handlers()
     with serving() as other:
         batcher = create_batcher("repr", 1, 0.0, other.port, batch_process_fn=echo, host="127.0.0.1")
@@ -140,7 +144,7 @@ def test_an_address_that_can_not_be_had_is_raised_and_the_signals_are_handled_as
     assert handlers() == before
 
 
-def test_a_batcher_that_was_shut_down_does_not_serve_again() -> None:
+def test_serve_forever_raises_after_a_shutdown() -> None:
     before = handlers()
     with serving() as batcher:
         batcher.shutdown()
@@ -150,7 +154,7 @@ def test_a_batcher_that_was_shut_down_does_not_serve_again() -> None:
 
 
 @pytest.mark.parametrize("grace_s", [-1, float("inf"), "1", None])
-def test_a_bad_grace_is_refused_before_anything_is_started(grace_s: Any) -> None:
+def test_serve_forever_refuses_a_bad_grace_period_before_it_starts_anything(grace_s: Any) -> None:
     batcher = create_batcher("repr", 1, 0.0, 0, batch_process_fn=echo, host="127.0.0.1")
     with pytest.raises(ValueError, match=r"^grace_s is "):
         batcher.serve_forever(grace_s)
@@ -168,7 +172,7 @@ MODULES = """
 """
 
 
-def test_the_library_prints_nothing_but_the_summary_and_has_one_logger(tmp_path: Path) -> None:
+def test_the_library_prints_only_the_summary_and_has_one_logger(tmp_path: Path) -> None:
     printing, loggers = [], set()
     for file in run_program(tmp_path, MODULES):
         for node in ast.walk(ast.parse(Path(file).read_text())):

@@ -1,4 +1,4 @@
-"""gRPC's health and reflection beside a batcher, as probes and tools use them."""
+"""gRPC's health and reflection services, as probes and tools use them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Probe:
-    """What asks a server for its health."""
+    """Asks a server for its health."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._stub = health_pb2_grpc.HealthStub(channel)
@@ -64,7 +64,7 @@ def probe_of(address: str) -> Iterator[Probe]:
 # ---- health ----
 
 
-def test_a_server_that_is_not_ready_yet_is_not_serving() -> None:
+def test_health_says_not_serving_until_it_is_told_otherwise() -> None:
     services = StandardServices(health=True, reflection=False)
     with ThreadPoolExecutor(1) as threads:
         server = grpc.server(threads)
@@ -78,7 +78,7 @@ def test_a_server_that_is_not_ready_yet_is_not_serving() -> None:
         server.stop(None).wait()
 
 
-def test_a_batcher_is_serving_once_it_has_started() -> None:
+def test_health_says_serving_once_the_batcher_has_started() -> None:
     with serving(health=True) as batcher, probe_of(address_of(batcher)) as probe:
         assert [probe.check(name) for name in NAMES] == [SERVING] * 2
         with pytest.raises(grpc.RpcError) as caught:
@@ -86,7 +86,7 @@ def test_a_batcher_is_serving_once_it_has_started() -> None:
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-def test_a_batcher_that_drains_is_not_serving_and_watchers_see_it_change() -> None:
+def test_health_says_not_serving_during_a_shutdown_and_watchers_are_told() -> None:
     with (
         Held() as held,
         serving(held, health=True) as batcher,
@@ -116,7 +116,7 @@ def test_watchers_do_not_delay_a_shutdown() -> None:
         batcher.shutdown(grace_s=1000)  # more than a test may take
 
 
-def test_health_and_reflection_answer_while_the_callback_is_stuck_and_many_callers_wait() -> None:
+def test_health_and_reflection_answer_while_the_callback_is_stuck() -> None:
     with (
         Held() as held,
         serving(held, health=True, reflection=True, num_threads=1) as batcher,
@@ -151,7 +151,7 @@ EXIT_PROGRAM = """
 """
 
 
-def test_a_program_that_never_shuts_down_ends_well_and_its_watchers_are_told(tmp_path: Path) -> None:
+def test_a_program_that_never_shuts_down_exits_with_0_and_its_watchers_are_told(tmp_path: Path) -> None:
     with start_program(tmp_path, EXIT_PROGRAM) as program:
         address = f"127.0.0.1:{program.read_line()}"
         with probe_of(address) as probe, MukoeBatcherClient(address) as client:
@@ -168,7 +168,7 @@ def test_a_program_that_never_shuts_down_ends_well_and_its_watchers_are_told(tmp
             assert error_of(request.result).code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_without_being_asked_for_there_is_neither_health_nor_reflection() -> None:
+def test_health_and_reflection_are_off_by_default() -> None:
     with serving() as batcher, probe_of(address_of(batcher)) as probe:
         with pytest.raises(grpc.RpcError) as caught:
             probe.check("")
@@ -185,7 +185,7 @@ def services_of(batcher: MukoeBatcher) -> list[str]:
         return sorted(descriptor_database.ProtoReflectionDescriptorDatabase(channel).get_services())
 
 
-def test_reflection_lists_the_services_that_there_are() -> None:
+def test_reflection_lists_the_services() -> None:
     reflection = "grpc.reflection.v1alpha.ServerReflection"
     with serving(reflection=True) as batcher:
         assert services_of(batcher) == [reflection, SERVICE]
@@ -193,7 +193,7 @@ def test_reflection_lists_the_services_that_there_are() -> None:
         assert services_of(batcher) == ["grpc.health.v1.Health", reflection, SERVICE]
 
 
-def test_a_tool_that_knows_no_contract_can_find_the_method_and_call_it() -> None:
+def test_a_tool_without_the_proto_can_find_the_method_and_call_it() -> None:
     with (
         serving(model="dyna", reflection=True) as batcher,
         grpc.insecure_channel(address_of(batcher)) as channel,
@@ -214,7 +214,7 @@ def test_a_tool_that_knows_no_contract_can_find_the_method_and_call_it() -> None
         assert reply.result.step == 3
 
 
-# ---- where the packages are not installed ----
+# ---- if the packages are not installed ----
 
 ABSENT = """
     import sys
@@ -240,7 +240,7 @@ ABSENT = """
 """
 
 
-def test_without_the_extras_all_else_works_and_what_needs_them_says_what_to_install(tmp_path: Path) -> None:
+def test_without_the_extras_only_what_needs_them_fails_and_says_what_to_install(tmp_path: Path) -> None:
     health, reflection, prometheus, rest = run_program(tmp_path, ABSENT)
     for line, name in ((health, "health"), (reflection, "reflection"), (prometheus, "prometheus")):
         assert f'pip install "grpc-batcher[{name}]"' in line
@@ -257,11 +257,11 @@ UNUSED = """
 """
 
 
-def test_what_is_not_asked_for_is_not_imported(tmp_path: Path) -> None:
+def test_extras_that_are_not_used_are_not_imported(tmp_path: Path) -> None:
     assert run_program(tmp_path, UNUSED) == ["[]"]
 
 
-def test_a_watcher_that_never_reads_holds_up_neither_other_probes_nor_a_shutdown() -> None:
+def test_a_watcher_that_never_reads_delays_neither_other_probes_nor_a_shutdown() -> None:
     with (
         serving(health=True) as batcher,
         HandmadeCaller(batcher.port, window_bytes=0) as watcher,

@@ -1,4 +1,4 @@
-"""Which transport is chosen, the private names of the direct one, and that neither leaves anything behind."""
+"""Which transport is chosen, the private names that the direct one uses, and that neither leaves anything behind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ REQUEST_PROGRAM = """
             for _ in range(3):
                 try:
                     answer = client.send_request(b"hi")
-                except Exception as error:  # at most the stream that found the name missing
+                except Exception:  # at most the first stream that needs a missing name
                     answer = client.send_request(b"hi")
                 assert answer == ({{"result": b"hi"}}, 0), answer
             print("TRANSPORTS", batcher.transport, client.transport)
@@ -56,7 +56,7 @@ REQUEST_PROGRAM = """
 
 
 def request_program(folder: Path, break_grpcio: str = "", transport: str = "") -> tuple[str, list[str]]:
-    """Serve and send a few requests in a program; returns the transports in the end, and what was logged."""
+    """Serve and send a few requests in a program. Returns the final transports, and the lines of the log."""
     lines = run_program(
         folder, REQUEST_PROGRAM.format(break_grpcio=break_grpcio), environment={"GRPC_BATCHER_TRANSPORT": transport}
     )
@@ -92,13 +92,12 @@ def test_an_unknown_transport_is_an_error_on_import(tmp_path: Path) -> None:
             print(error)
     """
     assert run_program(tmp_path, program, environment={"GRPC_BATCHER_TRANSPORT": "fast"}) == [
-        "GRPC_BATCHER_TRANSPORT is 'fast' in the environment; it must be 'direct', 'public', or one for each end such as "
-        "'public/direct'"
+        "GRPC_BATCHER_TRANSPORT is 'fast' in the environment; it must be 'direct', 'public', or one for each end such "
+        "as 'public/direct'"
     ]
 
 
-# The names that grpcio_private.py lists. grpcio itself needs them, so a program hides them only while it imports this
-# library.
+# Hides one of the names that grpcio_private.py lists, only while this library is imported: grpcio itself needs them.
 HIDDEN = """
     import sys, types
     import grpc, grpc._channel, grpc._server
@@ -108,10 +107,10 @@ HIDDEN = """
     hidden = types.ModuleType(module.__name__)
     hidden.__dict__.update({{each: value for each, value in vars(module).items() if each != name}})
     whole = getattr(module, name)
-    if attribute and module is cygrpc:  # classes whose own attributes are used
+    if attribute and module is cygrpc:  # attributes of the class are used
         rest = {{each: getattr(whole, each) for each in dir(whole) if each != attribute and each[:2] != "__"}}
         setattr(hidden, name, type(name, (), rest))
-    elif attribute:  # classes whose instances are used
+    elif attribute:  # attributes of its instances are used
         class Lacking(whole):
             def __getattribute__(self, name):
                 if name == attribute:
@@ -170,7 +169,7 @@ MISSING_ON_BOTH = [
         *((*missing, "public public") for missing in MISSING_ON_BOTH),
     ],
 )
-def test_without_a_private_name_the_end_that_needs_it_uses_the_public_transport_and_warns_once(
+def test_an_end_whose_private_name_is_missing_uses_the_public_transport_and_warns_once(
     tmp_path: Path, module: str, name: str, expected: str
 ) -> None:
     transports, log = request_program(tmp_path, break_grpcio=HIDDEN.format(module=module, name=name))
@@ -182,7 +181,7 @@ def test_without_a_private_name_the_end_that_needs_it_uses_the_public_transport_
         assert name.rpartition(".")[2] in warning
 
 
-def test_where_grpcio_has_no_non_blocking_handlers_the_server_uses_the_public_transport(tmp_path: Path) -> None:
+def test_without_non_blocking_handlers_the_server_uses_the_public_transport(tmp_path: Path) -> None:
     other_code = """
     import grpc._server
     whole = grpc._server._stream_response_in_pool
@@ -196,7 +195,7 @@ def test_where_grpcio_has_no_non_blocking_handlers_the_server_uses_the_public_tr
     assert "experimental_non_blocking" in warning
 
 
-def test_where_grpcios_classes_take_other_arguments_the_server_uses_the_public_transport(tmp_path: Path) -> None:
+def test_if_grpcios_classes_take_other_arguments_the_server_uses_the_public_transport(tmp_path: Path) -> None:
     other_parameters = """
     import grpc._server
     whole = grpc._server._Context
@@ -214,39 +213,51 @@ def test_where_grpcios_classes_take_other_arguments_the_server_uses_the_public_t
 @pytest.mark.parametrize(
     ("expected", "other_code"),
     [
-        # The account of outstanding operations is kept in another way,
-        ("public direct", """
+        # Outstanding operations are tracked differently,
+        (
+            "public direct",
+            """
     import grpc._server
     whole = grpc._server._possibly_finish_call
     grpc._server._possibly_finish_call = lambda state, token: (None, ())
     import grpc_batcher
     grpc._server._possibly_finish_call = whole
-        """),
-        # or takes another argument, which only shows on the polling thread.
-        ("public direct", """
+        """,
+        ),
+        # or with another argument, which only shows on the polling thread.
+        (
+            "public direct",
+            """
     from grpc_batcher._transport import direct_server
     def changed(state, token, *, why): raise AssertionError
     direct_server.possibly_finish_call = changed
-        """),
+        """,
+        ),
         # An operation takes other parameters.
-        ("direct public", """
+        (
+            "direct public",
+            """
     import types
     from grpc_batcher._transport import direct_client
     changed = types.SimpleNamespace(**vars(direct_client.cygrpc))
     changed.SendMessageOperation = lambda message: None
     direct_client.cygrpc = changed
-        """),
-        # The channel beneath a channel has another name.
-        ("direct public", """
+        """,
+        ),
+        # The inner channel of a channel has another name.
+        (
+            "direct public",
+            """
     import inspect, textwrap
     import grpc._channel
     text = textwrap.dedent(inspect.getsource(grpc._channel.Channel)).replace("self._channel", "self._renamed")
     exec(text, vars(grpc._channel))
-        """),
+        """,
+        ),
     ],
-    ids=["account", "polling thread", "operation", "channel"],
+    ids=["tracking", "polling thread", "operation", "channel"],
 )
-def test_where_grpcio_behaves_differently_that_end_moves_to_the_public_transport(
+def test_if_grpcio_behaves_differently_that_end_changes_to_the_public_transport(
     tmp_path: Path, expected: str, other_code: str
 ) -> None:
     transports, log = request_program(tmp_path, break_grpcio=other_code)
@@ -254,7 +265,7 @@ def test_where_grpcio_behaves_differently_that_end_moves_to_the_public_transport
     assert len([line for line in log if "use the public transport" in line]) == 1
 
 
-def test_where_calls_take_other_arguments_the_client_uses_the_public_transport(tmp_path: Path) -> None:
+def test_if_calls_take_other_arguments_the_client_uses_the_public_transport(tmp_path: Path) -> None:
     other_parameters = """
     from grpc._cython import cygrpc
     whole = cygrpc.Channel
@@ -269,8 +280,8 @@ def test_where_calls_take_other_arguments_the_client_uses_the_public_transport(t
     assert len([line for line in log if "WARNING" in line]) == 1
 
 
-def test_where_a_servers_call_behaves_differently_the_next_stream_uses_the_public_transport(tmp_path: Path) -> None:
-    """The callers of the streams until then get UNAVAILABLE, as of a server that restarts."""
+def test_if_a_servers_call_behaves_differently_the_next_stream_uses_the_public_transport(tmp_path: Path) -> None:
+    """Callers of earlier streams get UNAVAILABLE, as from a server that restarts."""
     no_batches = """
     import grpc._server
     whole = grpc._server._Context.__init__
@@ -288,38 +299,40 @@ def test_where_a_servers_call_behaves_differently_the_next_stream_uses_the_publi
 
 @pytest.fixture
 def broken_streams(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[..., Any]], None]:
-    """Return a function that has a method of the server's streams, in the direct transport, done by another."""
+    """Return a function that replaces a method of the direct transport's server streams."""
     if choice.server_transport() != "direct":
-        pytest.skip("for the server's direct transport")
+        pytest.skip("only for the direct transport of the server")
 
-    def put(name: str, function: Callable[..., Any]) -> None:
+    def replace(name: str, function: Callable[..., Any]) -> None:
         whole = getattr(direct_server.DirectServerStream, name)
         monkeypatch.setattr(
-            direct_server.DirectServerStream, name, lambda stream, *arguments: function(partial(whole, stream), *arguments)
+            direct_server.DirectServerStream,
+            name,
+            lambda stream, *arguments: function(partial(whole, stream), *arguments),
         )
 
-    return put
+    return replace
 
 
-def test_an_error_in_the_polling_thread_ends_that_stream_alone(
+def test_an_error_in_the_polling_thread_ends_only_that_stream(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """gRPC's polling thread dies of an exception, and with it the server."""
+    """An exception would end gRPC's polling thread, and with it the server."""
     if choice.server_transport() != "direct":
-        pytest.skip("for the server's direct transport")
+        pytest.skip("only for the direct transport of the server")
     accept = Session.accept
 
-    def accept_all_but_one(session: Session, message: bytes) -> Any:
+    def accept_except_unlucky(session: Session, message: bytes) -> Any:
         if b"unlucky" in message:
-            raise ZeroDivisionError("not foreseen")
+            raise ZeroDivisionError("unexpected")
         return accept(session, message)
 
-    monkeypatch.setattr(Session, "accept", accept_all_but_one)
+    monkeypatch.setattr(Session, "accept", accept_except_unlucky)
     with serving() as batcher, connect(batcher) as client, connect(batcher) as other:
         other.send_request(b"before")
         error = error_of(client.send_request, b"unlucky")
         assert error.code() is grpc.StatusCode.INTERNAL
-        assert "ZeroDivisionError: not foreseen" in error.details()
+        assert "ZeroDivisionError: unexpected" in error.details()
         eventually(lambda: "a stream failed" in caplog.text)
         assert other.send_request(b"after") == ({"result": b"after"}, 0)
         assert client.send_request(b"again") == ({"result": b"again"}, 0)
@@ -327,13 +340,13 @@ def test_an_error_in_the_polling_thread_ends_that_stream_alone(
         assert batcher.transport == "direct"
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["the first", "a later"])
-def test_a_reply_that_grpc_refuses_to_send_ends_that_stream_alone(
+@pytest.mark.parametrize("first", [True, False], ids=["the first reply", "a later reply"])
+def test_a_reply_that_grpc_refuses_to_send_ends_only_that_stream(
     broken_streams: Callable[[str, Callable[..., Any]], None], caplog: pytest.LogCaptureFixture, first: bool
 ) -> None:
     def start(whole: Callable[..., None], operations: tuple[Any, ...]) -> None:
         if len(operations) > 1 and refused:
-            operations = (*operations, refused.pop())  # gRPC takes no two of a kind
+            operations = (*operations, refused.pop())  # gRPC refuses two of a kind
         whole(operations)
 
     broken_streams("_start", start)
@@ -353,7 +366,7 @@ def test_a_reply_that_grpc_refuses_to_send_ends_that_stream_alone(
 
 
 class WrappingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
-    """Puts a function of its own between grpcio and the handler, as interceptors that log or trace do."""
+    """Puts its own function between grpcio and the handler, as interceptors that log or trace do."""
 
     def __init__(self) -> None:
         self.streams = 0
@@ -374,7 +387,7 @@ class WrappingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
         return grpc.stream_stream_rpc_method_handler(wrapped)
 
 
-def test_a_handler_that_an_interceptor_wrapped_answers_and_ends_as_ever() -> None:
+def test_a_handler_wrapped_by_an_interceptor_behaves_the_same() -> None:
     interceptor = WrappingInterceptor()
     with serving(interceptors=(interceptor,)) as batcher, connect(batcher) as client:
         assert [client.send_request(b"a"), client.send_request(b"b")] == [({"result": b"a"}, 0), ({"result": b"b"}, 0)]
@@ -383,12 +396,12 @@ def test_a_handler_that_an_interceptor_wrapped_answers_and_ends_as_ever() -> Non
         assert len(reply.messages) == 1
         assert old_style_request(address_of(batcher), b"\xff").code is grpc.StatusCode.INVALID_ARGUMENT
         assert interceptor.streams == 3
-        assert interceptor.messages == 2 * 2 + 2 + 1  # requests and replies, also those of the direct transport's callers
+        assert interceptor.messages == 2 * 2 + 2 + 1  # requests and replies; the last request had no reply
 
 
 @pytest.mark.parametrize("kind", ["a function", "a function of anything", "a generator"])
-def test_an_interceptor_may_wrap_the_handler_by_functools(kind: str) -> None:
-    """functools.wraps copies what marks the handler of the direct transport, if that stands where it copies from."""
+def test_an_interceptor_may_wrap_the_handler_with_functools(kind: str) -> None:
+    """functools.wraps copies the __dict__, which must not contain what marks the direct transport's handler."""
 
     class Wraps(grpc.ServerInterceptor):  # type: ignore[misc]
         def intercept_service(self, continuation: Callable[..., Any], details: grpc.HandlerCallDetails) -> Any:
@@ -437,18 +450,18 @@ def test_metadata_and_interceptors_of_the_client_reach_the_server() -> None:
 
 
 @pytest.mark.timeout(180)
-def test_a_thousand_rounds_of_open_use_and_close_leave_nothing_behind() -> None:
-    """Streams that end well, by the caller's cancel, by an error and by a time limit, and whole clients."""
+def test_a_thousand_rounds_of_opening_using_and_closing_leave_nothing_behind() -> None:
+    """Streams end with OK, by cancellation, with an error and by a time limit; clients are closed."""
     message = MODELS["repr"].write_request({"data": b"x"})
 
     def round_of_streams(channel: grpc.Channel) -> None:
         with connect(batcher) as client:
             for each in range(3):
                 client.send_request(b"%d" % each)
-            with suppress(RequestError):  # it may be in time
+            with suppress(RequestError):  # the answer may be in time
                 client.send_request(b"late", timeout_s=1e-4)
             assert error_of(client.send_request, b"not for repr", 1).code() is grpc.StatusCode.INVALID_ARGUMENT
-        # On one channel: grpcio 1.49 now and then leaves the socket of a channel open.
+        # On one channel, because grpcio 1.49 occasionally leaves the socket of a channel open.
         cancelled = channel.stream_stream(METHOD)(iter((message, message)))
         next(cancelled)
         cancelled.cancel()
@@ -462,11 +475,11 @@ def test_a_thousand_rounds_of_open_use_and_close_leave_nothing_behind() -> None:
         for _ in range(1000):
             round_of_streams(channel)
         eventually(lambda: batcher.metrics().open_streams == 0)
-        # Idle threads end, and gRPC closes connections, a little later; grpcio 1.49 only when it next has to wait.
+        # Idle threads end a little later, and so do connections; in grpcio 1.49 only when it next has to wait.
         eventually(lambda: threading.active_count() <= threads)
-        assert open_files() - files < 100  # a leak of one a round would be 1,000
+        assert open_files() - files < 100  # one per round would be 1,000
         gc.collect()
-        assert len(gc.get_objects()) - objects < 500  # a leak of one object a round would be 1,000
+        assert len(gc.get_objects()) - objects < 500  # one per round would be 1,000
 
 
 IDLE_SERVER_PROGRAM = """
@@ -498,7 +511,7 @@ def test_an_idle_stream_does_not_keep_its_last_request(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(180)
 def test_servers_that_stop_at_any_moment_leave_nothing_behind() -> None:
-    """With an idle stream, requests that wait, others in the callback, and a callback that ends only afterwards."""
+    """With an idle stream, requests waiting and in the callback, and a callback that ends only afterwards."""
 
     def round_of_server() -> None:
         with Held() as held, serving(held, batch_size=2) as batcher, connect(batcher) as client:
@@ -518,5 +531,5 @@ def test_servers_that_stop_at_any_moment_leave_nothing_behind() -> None:
         round_of_server()
     eventually(lambda: threading.active_count() <= threads)
     gc.collect()
-    assert open_files() - files < 50  # a leak of one a round would be 100
+    assert open_files() - files < 50  # one per round would be 100
     assert len(gc.get_objects()) - objects < 100

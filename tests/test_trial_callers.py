@@ -1,4 +1,4 @@
-"""Callers that are killed, cancel or run out of time while others go on, with an account of every request.
+"""Callers that are killed, cancel or run out of time while others continue, with an account of every request.
 
 GRPC_BATCHER_TRIALS=20 in the environment makes these trials twenty times as long.
 """
@@ -18,18 +18,18 @@ from serving import Held, address_of, connect, eventually, in_background, open_f
 
 from grpc_batcher._server.session import Session
 
-KILLED_AT_ONCE, KILLED_IN_ALL, THEIR_BYTES = 20, 200 * LENGTH, 200_000
+KILLED_AT_ONCE, KILLED_IN_TOTAL, REQUEST_BYTES = 20, 200 * LENGTH, 200_000
 
 
 @pytest.mark.timeout(300 * LENGTH)
-def test_200_callers_killed_at_random_moments_leave_nothing_behind_and_others_their_answers(tmp_path: Path) -> None:
-    """A leak of a request, a stream, a file or a thread per caller would be seen."""
+def test_200_callers_killed_at_random_moments_leave_nothing_behind(tmp_path: Path) -> None:
+    """A leak of one request, stream, file or thread per caller would show. Other callers get their answers."""
     moments, others = random.Random(1), 4
     ledger, killed = Ledger(tmp_path / "ledger"), set()
 
     def round_of_killing(name: str) -> None:
         names = [f"{name}-{number}" for number in range(KILLED_AT_ONCE)]
-        victims = [start_process(ask_until_killed, ledger, address_of(batcher), each, THEIR_BYTES) for each in names]
+        victims = [start_process(ask_until_killed, ledger, address_of(batcher), each, REQUEST_BYTES) for each in names]
         eventually(lambda: batcher.metrics().open_streams == others + KILLED_AT_ONCE)
         for victim in victims:
             wait_for_answers(ledger, moments.randrange(3))
@@ -55,23 +55,23 @@ def test_200_callers_killed_at_random_moments_leave_nothing_behind_and_others_th
             len(gc.get_objects()),
             resident_bytes(),
         )
-        for number in range(KILLED_IN_ALL // KILLED_AT_ONCE):
+        for number in range(KILLED_IN_TOTAL // KILLED_AT_ONCE):
             round_of_killing(f"killed-{number}")
         gc.collect()
         assert batcher.metrics().waiting <= others
         eventually(lambda: threading.active_count() <= threads)
         eventually(lambda: open_files() <= files + KILLED_AT_ONCE)
-        assert len(gc.get_objects()) - objects < KILLED_IN_ALL
-        assert resident_bytes() - resident < KILLED_IN_ALL * THEIR_BYTES / 2
+        assert len(gc.get_objects()) - objects < KILLED_IN_TOTAL
+        assert resident_bytes() - resident < KILLED_IN_TOTAL * REQUEST_BYTES / 2
     account = ledger.account(killed=killed)
     assert account.failed == {}
     eventually(lambda: batcher.metrics().open_streams == 0)
 
 
-def test_callers_that_leave_while_they_wait_never_reach_the_callback_and_the_others_are_answered(
+def test_requests_of_callers_that_leave_while_waiting_never_reach_the_callback(
     tmp_path: Path,
 ) -> None:
-    """Half of those that leave run out of time, the others have their client closed."""
+    """Half of them run out of time, the others have their client closed. Those that stay are answered."""
     ledger, each_kind = Ledger(tmp_path / "ledger"), 12
 
     def round_of_leaving(round_name: str) -> None:
@@ -104,8 +104,8 @@ def test_callers_that_leave_while_they_wait_never_reach_the_callback_and_the_oth
     assert set(account.failed.values()) == {"DEADLINE_EXCEEDED", "CANCELLED"}
 
 
-def test_time_limits_that_pass_at_any_moment_under_load_harm_nobody_else(tmp_path: Path) -> None:
-    """The limits are about as long as an answer takes, so they pass on the way, in the queue, in the callback."""
+def test_time_limits_that_pass_at_any_moment_do_not_affect_others(tmp_path: Path) -> None:
+    """The limits are about as long as an answer takes, so they pass on the way, in the queue and in the callback."""
     ledger = Ledger(tmp_path / "ledger")
 
     def hurry(caller: int) -> None:
@@ -126,18 +126,18 @@ def test_time_limits_that_pass_at_any_moment_under_load_harm_nobody_else(tmp_pat
     assert [name for name in account.failed if not name.startswith("hurries")] == []
 
 
-def test_under_load_requests_reach_the_callback_in_the_order_in_which_they_came_in(
+def test_requests_reach_the_callback_in_order_of_arrival_under_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that was wholly in before another began to come in is never behind it; a stream's own come one by one."""
+    """A request accepted before another arrives never comes after it; those of one stream come one at a time."""
     ticks = itertools.count()
-    came: dict[str, tuple[int, int]] = {}
+    accepted: dict[str, tuple[int, int]] = {}
     accept = Session.accept
 
     def note_and_accept(session: Session, message: bytes) -> Any:
         begin = next(ticks)
         ticket = accept(session, message)
-        came[name_in(ticket.request)] = begin, next(ticks)
+        accepted[name_in(ticket.request)] = begin, next(ticks)
         return ticket
 
     monkeypatch.setattr(Session, "accept", note_and_accept)
@@ -152,8 +152,8 @@ def test_under_load_requests_reach_the_callback_in_the_order_in_which_they_came_
     latest_begin = -1
     last_of: dict[str, int] = {}
     for name in in_order:
-        begin, end = came[name]
-        assert end > latest_begin, f"{name} was in before another came, which reached the callback before it"
+        begin, end = accepted[name]
+        assert end > latest_begin, f"{name} was accepted before another arrived, which reached the callback first"
         latest_begin = max(latest_begin, begin)
         caller, _, number = name.rpartition("/")
         assert int(number) == last_of.get(caller, 0) + 1

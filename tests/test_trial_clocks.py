@@ -1,6 +1,6 @@
-"""A wall clock that jumps by a day, either way, while requests wait: nobody's times are told by it.
+"""A wall clock that jumps by a day, forward or back, while requests wait: no duration depends on it.
 
-The clock of this machine is left alone. A library that is loaded before all others says another time to the program.
+The clock of this machine is left alone. A preloaded library tells the program another time.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ either_way = pytest.mark.parametrize("offset_s", [DAY_S, -DAY_S], ids=["forward"
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> str:
     if (compiler := shutil.which("cc")) is None:
-        pytest.skip("there is no C compiler here for the library that says another time")
+        pytest.skip("there is no C compiler here to build the library that changes the time")
     folder = tmp_path_factory.mktemp("shim")
     (folder / "shim.c").write_text(SHIM)
     subprocess.run(
@@ -149,7 +149,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @either_way
-def test_a_window_goes_on_when_the_wall_clock_jumps(offset_s: int, shim: str, tmp_path: Path) -> None:
+def test_a_window_continues_when_the_wall_clock_jumps(offset_s: int, shim: str, tmp_path: Path) -> None:
     output = run_program(tmp_path, LONG_WINDOW_PROGRAM, str(offset_s), environment={"LD_PRELOAD": shim})
     assert output == ["[[b'a', b'b', b'c']] True"]
 

@@ -1,4 +1,4 @@
-"""Peers that send garbage, announce what they never send, or take nothing: a clear end for them, nothing for others."""
+"""Peers that send garbage, announce what they never send, or read nothing: they get a clear end, and harm nobody."""
 
 from __future__ import annotations
 
@@ -35,16 +35,13 @@ REQUEST = MODELS["repr"].write_request({"data": b"hi"})
 
 GRPC_VERSION = tuple(int(part) for part in grpc.__version__.split(".")[:2])
 
-# Numbers of gRPC's statuses, as they travel.
+# The numbers of gRPC's statuses.
 OK, CANCELLED, RESOURCE_EXHAUSTED = "0", "1", "8"
 
 
 @contextmanager
 def unharmed_neighbours(**options: int) -> Iterator[MukoeBatcher]:
-    """A batcher with a request in the callback, and one that waits, which are answered after the test's block.
-
-    A new caller is, too.
-    """
+    """A batcher with a request in the callback and one that waits. In the end both, and a new caller, are answered."""
     with Held() as held, serving(held, **options) as batcher, connect(batcher) as client:
         neighbours = [in_callback(held, client, b"in the callback"), waiting(batcher, client.send_request, b"waits")]
         yield batcher
@@ -60,8 +57,8 @@ def unharmed_neighbours(**options: int) -> Iterator[MukoeBatcher]:
 
 
 @pytest.mark.parametrize("announced_bytes", [2**31 - 1, 2**31, 2**32 - 1])
-def test_a_message_of_gigabytes_takes_no_memory_as_it_is_announced(announced_bytes: int) -> None:
-    """Newer gRPC refuses it at once, older once it is wholly in."""
+def test_a_message_that_announces_gigabytes_takes_no_memory(announced_bytes: int) -> None:
+    """Newer gRPC refuses it at once, older gRPC only when all of it has arrived."""
     before = resident_bytes()
     with unharmed_neighbours() as batcher, HandmadeCaller(batcher.port) as caller:
         stream = caller.open_stream()
@@ -78,12 +75,12 @@ def test_a_message_of_gigabytes_takes_no_memory_as_it_is_announced(announced_byt
 @pytest.mark.parametrize(
     "sent",
     [
-        pytest.param(message_head(len(REQUEST), compressed=255) + REQUEST, id="a kind that is none"),
+        pytest.param(message_head(len(REQUEST), compressed=255) + REQUEST, id="an unknown compression flag"),
         pytest.param(message_head(len(REQUEST)) + REQUEST[:-1], id="shorter than announced"),
-        pytest.param(message_head(len(REQUEST))[:3], id="not even announced"),
+        pytest.param(message_head(len(REQUEST))[:3], id="cut off in its length"),
     ],
 )
-def test_a_message_that_grpc_can_not_take_apart_ends_its_stream_without_an_answer(sent: bytes) -> None:
+def test_a_message_that_is_cut_off_or_not_grpc_ends_its_stream_without_an_answer(sent: bytes) -> None:
     with unharmed_neighbours() as batcher, HandmadeCaller(batcher.port) as caller:
         stream = caller.open_stream()
         caller.send(stream, sent, end=True)
@@ -91,7 +88,7 @@ def test_a_message_that_grpc_can_not_take_apart_ends_its_stream_without_an_answe
         assert caller.received_bytes[stream] == 0
 
 
-def test_a_message_that_comes_byte_by_byte_is_answered() -> None:
+def test_a_message_that_arrives_byte_by_byte_is_answered() -> None:
     with serving() as batcher, HandmadeCaller(batcher.port) as caller:
         stream = caller.open_stream()
         for byte in message_head(len(REQUEST)) + REQUEST:
@@ -101,8 +98,8 @@ def test_a_message_that_comes_byte_by_byte_is_answered() -> None:
         assert caller.status(stream)[0] == OK
 
 
-def spoiled(dice: random.Random) -> bytes:
-    """Random bytes, or a request that lost, gained or changed some."""
+def corrupted(dice: random.Random) -> bytes:
+    """Return random bytes, or a request that lost, gained or changed some."""
     if dice.random() < 0.3:
         return dice.randbytes(dice.randrange(200))
     message = bytearray(MODELS["repr"].write_request({"data": dice.randbytes(dice.randrange(100))}))
@@ -113,11 +110,11 @@ def spoiled(dice: random.Random) -> bytes:
 
 
 @pytest.mark.timeout(180)
-def test_of_a_thousand_spoiled_messages_those_that_protobuf_can_read_are_answered_and_the_others_refused() -> None:
+def test_of_1000_corrupted_messages_exactly_those_that_protobuf_can_read_are_answered() -> None:
     dice = random.Random(4)
     with serving() as batcher, grpc.insecure_channel(address_of(batcher)) as channel, connect(batcher) as client:
         for number in range(1000):
-            message = spoiled(dice)
+            message = corrupted(dice)
             try:
                 is_request = MukoeRequest.FromString(message).WhichOneof("request_type") == "representations"
             except DecodeError:
@@ -131,7 +128,7 @@ def test_of_a_thousand_spoiled_messages_those_that_protobuf_can_read_are_answere
                 assert client.send_request(b"%d" % number) == answer(b"%d" % number)
 
 
-# ---- what is not gRPC ----
+# ---- peers that do not speak gRPC ----
 
 
 def http_1(connection: socket.socket) -> None:
@@ -164,7 +161,7 @@ def test_a_peer_that_speaks_something_else_is_dropped(speak: Callable[[socket.so
                 pass
 
 
-def test_hundreds_of_connections_that_say_nothing_keep_nobody_out() -> None:
+def test_300_silent_connections_keep_nobody_out() -> None:
     with unharmed_neighbours() as batcher:
         silent = [socket.create_connection(("127.0.0.1", batcher.port)) for _ in range(300)]
         with HandmadeCaller(batcher.port) as caller:
@@ -175,10 +172,10 @@ def test_hundreds_of_connections_that_say_nothing_keep_nobody_out() -> None:
             connection.close()
 
 
-# ---- what is opened and left, or never taken ----
+# ---- streams that are opened and left, answers that are never read ----
 
 
-def test_thousands_of_streams_may_be_opened_at_once_and_left_and_are_gone_with_their_caller() -> None:
+def test_3000_streams_opened_at_once_disappear_with_their_caller() -> None:
     streams, neighbours = 3000, 2
     before = resident_bytes()
     with unharmed_neighbours() as batcher, HandmadeCaller(batcher.port) as caller:
@@ -189,25 +186,25 @@ def test_thousands_of_streams_may_be_opened_at_once_and_left_and_are_gone_with_t
         assert resident_bytes() - before < 500_000_000
 
 
-def test_streams_beyond_the_limit_are_refused_however_many_are_opened() -> None:
+def test_streams_beyond_max_streams_are_refused_however_many_are_opened() -> None:
     streams, limit, neighbours = 2000, 500, 2
     with unharmed_neighbours(max_streams=limit) as batcher, HandmadeCaller(batcher.port) as caller:
         caller.open_streams(streams)
         ends = caller.wait_for_statuses(streams - (limit - neighbours))
-        # gRPC turns away by itself what comes faster than it is taken.
+        # gRPC itself rejects streams that arrive faster than it can hand them over.
         assert RESOURCE_EXHAUSTED in {number for number, _ in ends} <= {RESOURCE_EXHAUSTED, CANCELLED}
         assert batcher.metrics().open_streams == limit
 
 
-def test_a_caller_that_never_takes_its_answers_costs_no_more_than_these_and_holds_nobody_up() -> None:
-    """Each of its streams asks on and on; the server holds the answer to the first, and reads no further."""
+def test_a_caller_that_never_reads_costs_one_answer_per_stream_and_delays_nobody() -> None:
+    """Each stream sends many requests. The server holds the answer to the first, and reads no further."""
     answer_bytes, streams, requests_on_each = 4_000_000, 8, 10
     before = resident_bytes()
 
-    def answer_at_length(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
+    def long_answers(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
         return [({"result": bytes(answer_bytes) if data == b"hi" else data}, 0) for data in requests]
 
-    with serving(answer_at_length) as batcher, connect(batcher) as client:
+    with serving(long_answers) as batcher, connect(batcher) as client:
         with HandmadeCaller(batcher.port) as caller:
             for stream in caller.open_streams(streams):
                 caller.send(stream, (message_head(len(REQUEST)) + REQUEST) * requests_on_each)
@@ -220,11 +217,11 @@ def test_a_caller_that_never_takes_its_answers_costs_no_more_than_these_and_hold
         assert client.send_request(b"after") == answer(b"after")
 
 
-def test_a_caller_that_never_takes_its_answer_does_not_hold_up_a_shutdown() -> None:
-    def answer_at_length(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
+def test_a_caller_that_never_reads_does_not_delay_a_shutdown() -> None:
+    def long_answers(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
         return [({"result": bytes(4_000_000)}, 0) for _ in requests]
 
-    with serving(answer_at_length) as batcher, HandmadeCaller(batcher.port) as caller:
+    with serving(long_answers) as batcher, HandmadeCaller(batcher.port) as caller:
         caller.send(caller.open_stream(), message_head(len(REQUEST)) + REQUEST)
         eventually(lambda: batcher.metrics().requests.get("OK") == 1)
         batcher.shutdown(grace_s=0.1)
@@ -236,7 +233,7 @@ def test_a_caller_that_never_takes_its_answer_does_not_hold_up_a_shutdown() -> N
 
 @contextmanager
 def strange_server(serve: Callable[[socket.socket], None]) -> Iterator[str]:
-    """Accepts connections, and does something with each; its address."""
+    """Accept connections, and do something with each. Yields the address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def accept() -> None:
@@ -274,7 +271,7 @@ def test_a_server_that_speaks_something_else_is_unavailable(serve: Callable[[soc
             assert error_of(client.send_request, b"x").code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_a_time_limit_holds_while_a_server_accepts_connections_and_says_nothing() -> None:
+def test_a_time_limit_holds_if_the_server_accepts_connections_and_says_nothing() -> None:
     over = threading.Event()
     with strange_server(lambda _: over.wait()) as address, MukoeBatcherClient(address) as client:
         error = error_of(client.send_request, b"x", timeout_s=0.1)

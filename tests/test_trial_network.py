@@ -1,7 +1,7 @@
-"""Hosts that vanish without a word: each is a network namespace, and vanishes as its end of a cable is taken down.
+"""Hosts that vanish silently. Each is a network namespace, and vanishes when its end of a cable is taken down.
 
-gRPC's keepalive notices that. Its times are shortened here, so that the trials take seconds; what the library sets
-stands in docs/reliability.md.
+gRPC's keepalive notices it. Its times are shortened here so that the trials take seconds; docs/reliability.md has the
+real ones.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from serving import (
     start_program,
 )
 
-from grpc_batcher._server import batcher as _batcher
+from grpc_batcher._server import life_cycle
 
-# What each program does first: it moves to its host.
+# Each program first moves to its host.
 _ON_HOST = """
     import ctypes
     import os
     import sys
 
     if ctypes.CDLL(None).setns(os.open(f"/run/netns/{sys.argv[1]}", os.O_RDONLY), 0) != 0:
-        sys.exit("can not enter the namespace")
+        sys.exit("cannot enter the namespace")
 """
 
-# Says its port; then, for each line, how many streams are open and how many requests wait, and what became of others.
+# Prints its port; then, for each line it reads, the open streams, the waiting requests, and the counts of ended ones.
 SERVER_PROGRAM = (
     _ON_HOST
     + """
     import threading
 
     from grpc_batcher import create_batcher
-    from grpc_batcher._server import batcher as _batcher
+    from grpc_batcher._server import life_cycle
 
-    _batcher._KEEPALIVE_INTERVAL_MS = _batcher._KEEPALIVE_TIMEOUT_MS = int(sys.argv[2])
-    _batcher._LEAST_CALLERS_INTERVAL_MS = 50
+    life_cycle._KEEPALIVE_INTERVAL_MS = life_cycle._KEEPALIVE_TIMEOUT_MS = int(sys.argv[2])
+    life_cycle._MIN_CALLERS_INTERVAL_MS = 50
     released = threading.Event()
 
     def answer(requests):
@@ -71,7 +71,7 @@ SERVER_PROGRAM = (
 """
 )
 
-# For each line: sends it, and says the answer or the status.
+# Sends each line it reads, and prints the answer or the status.
 CALLER_PROGRAM = (
     _ON_HOST
     + """
@@ -88,7 +88,7 @@ CALLER_PROGRAM = (
 """
 )
 
-# Keepalive's interval and its timeout in these trials; and an interval that does not come round in them.
+# Keepalive's interval and timeout in these trials; and an interval longer than any trial.
 SHORT_MS, LONG_MS = "1500", "3600000"
 
 
@@ -97,7 +97,7 @@ def ip(*arguments: str) -> None:
 
 
 class Hosts:
-    """A server's host, and two callers' hosts with a cable each to it."""
+    """A server's host, and the hosts of two callers, each with its own cable to the server."""
 
     def __init__(self) -> None:
         self.server, self.first, self.second = (f"batcher-{os.getpid()}-{number}" for number in range(3))
@@ -124,7 +124,7 @@ class Hosts:
         return f"10.213.1.1:{port}"
 
     def set_first_cable(self, host: str, state: str) -> None:
-        """Take down, or up, one end of the cable to the first caller. The other host sees nothing of it."""
+        """Take one end of the first caller's cable "down" or "up". The other host does not notice."""
         ip("-n", host, "link", "set", "cable0", state)
 
     def remove(self) -> None:
@@ -135,13 +135,13 @@ class Hosts:
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
     if shutil.which("ip") is None:
-        pytest.skip("there is no `ip` (iproute2) here, which makes the hosts")
+        pytest.skip("there is no `ip` (iproute2) here, which creates the hosts")
     hosts = Hosts()
     try:
         hosts.make()
     except subprocess.CalledProcessError as error:
         hosts.remove()
-        pytest.skip(f"this user may make no network namespaces: {error.stderr.decode().strip()}")
+        pytest.skip(f"this user may not create network namespaces: {error.stderr.decode().strip()}")
     yield hosts
     hosts.remove()
 
@@ -160,10 +160,8 @@ def wait_for_state(server: Program, state: str) -> None:
     eventually(lambda: state_of(server).startswith(state))
 
 
-def test_a_server_notices_that_a_callers_host_vanished_and_goes_on_with_a_slow_callback(
-    hosts: Hosts, tmp_path: Path
-) -> None:
-    """The other caller is in the callback for as long and longer: it is not taken for gone, and takes nobody so."""
+def test_a_server_notices_a_callers_vanished_host_despite_a_slow_callback(hosts: Hosts, tmp_path: Path) -> None:
+    """The other caller's request is in the callback for longer: neither it nor the server gives the other up."""
     with (
         start(tmp_path, "server", SERVER_PROGRAM, hosts.server, SHORT_MS) as server,
         start_caller(tmp_path, hosts, "first", port := server.read_line(), LONG_MS, LONG_MS) as vanishing,
@@ -190,10 +188,8 @@ def start_caller(folder: Path, hosts: Hosts, name: str, port: str, time_ms: str,
     return start(folder, name, CALLER_PROGRAM, host, address, time_ms, timeout_ms)
 
 
-def test_a_caller_notices_that_its_servers_host_vanished_and_goes_on_when_it_is_back(
-    hosts: Hosts, tmp_path: Path
-) -> None:
-    """Another caller, whose cable holds, is in a slow callback meanwhile."""
+def test_a_caller_notices_its_servers_vanished_host_and_continues_when_it_is_back(hosts: Hosts, tmp_path: Path) -> None:
+    """Meanwhile another caller, whose cable is up, waits for a slow callback."""
     with (
         start(tmp_path, "server", SERVER_PROGRAM, hosts.server, LONG_MS) as server,
         start_caller(tmp_path, hosts, "first", port := server.read_line(), SHORT_MS, SHORT_MS) as cut_off,
@@ -215,9 +211,7 @@ def test_a_caller_notices_that_its_servers_host_vanished_and_goes_on_when_it_is_
         assert set(results[:-1]) <= {"UNAVAILABLE"}
 
 
-def test_a_request_sent_to_a_host_that_vanished_before_fails_after_the_timeout_alone(
-    hosts: Hosts, tmp_path: Path
-) -> None:
+def test_a_request_to_a_host_that_has_vanished_fails_after_the_keepalive_timeout(hosts: Hosts, tmp_path: Path) -> None:
     with (
         start(tmp_path, "server", SERVER_PROGRAM, hosts.server, LONG_MS) as server,
         start_caller(tmp_path, hosts, "first", server.read_line(), LONG_MS, SHORT_MS) as caller,
@@ -229,17 +223,17 @@ def test_a_request_sent_to_a_host_that_vanished_before_fails_after_the_timeout_a
         assert caller.read_line() == "UNAVAILABLE"
 
 
-def test_a_caller_that_pings_more_often_than_the_server_allows_is_told_so_and_goes_on() -> None:
-    often = (("grpc.keepalive_time_ms", 50),)
-    with Held() as held, serving(held) as batcher, connect(batcher, options=often) as client:
-        error = error_of(client.send_request, b"in the callback for long")
+def test_a_caller_that_pings_too_often_is_told_so_and_can_continue() -> None:
+    too_often = (("grpc.keepalive_time_ms", 50),)
+    with Held() as held, serving(held) as batcher, connect(batcher, options=too_often) as client:
+        error = error_of(client.send_request, b"in the callback for a while")
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert "pings" in error.details()
         held.release(float("inf"))
         assert client.send_request(b"after") == answer(b"after")
 
 
-ASKING_PROGRAM = """
+CALLING_PROGRAM = """
     import sys
 
     from grpc_batcher import MukoeBatcherClient
@@ -252,19 +246,19 @@ ASKING_PROGRAM = """
 
 @pytest.mark.skipif(
     tuple(int(part) for part in grpc.__version__.split(".")[:2]) < (1, 62),
-    reason="older gRPC reads no answers to its pings while Python code holds the GIL",
+    reason="older gRPC does not read the answers to its pings while Python code holds the GIL",
 )
-def test_a_callback_that_keeps_the_gil_for_longer_than_keepalive_waits_loses_nobody(
+def test_a_callback_that_holds_the_gil_longer_than_keepalive_waits_loses_no_caller(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(_batcher, "_KEEPALIVE_INTERVAL_MS", int(SHORT_MS))
-    monkeypatch.setattr(_batcher, "_KEEPALIVE_TIMEOUT_MS", int(SHORT_MS))
+    monkeypatch.setattr(life_cycle, "_KEEPALIVE_INTERVAL_MS", int(SHORT_MS))
+    monkeypatch.setattr(life_cycle, "_KEEPALIVE_TIMEOUT_MS", int(SHORT_MS))
 
-    def keep_the_gil(requests: list[bytes]) -> Any:
+    def hold_the_gil(requests: list[bytes]) -> Any:
         if b"slow" in requests:
-            ctypes.PyDLL(None).usleep(4 * 1000 * int(SHORT_MS))  # a PyDLL does not let go of the GIL
+            ctypes.PyDLL(None).usleep(4 * 1000 * int(SHORT_MS))  # a PyDLL does not release the GIL
         return echo(requests)
 
-    with serving(keep_the_gil) as batcher:
-        output = run_program(tmp_path, ASKING_PROGRAM, address_of(batcher))
+    with serving(hold_the_gil) as batcher:
+        output = run_program(tmp_path, CALLING_PROGRAM, address_of(batcher))
     assert output == [str(answer(data)) for data in (b"before", b"slow", b"after")]

@@ -1,5 +1,7 @@
-"""Forks in the middle of use, and programs that end with requests in the air. test_client.py has what a child may do,
-and Ctrl-C; test_old_wheel.py how servers' programs end."""
+"""Forks under load, and programs that exit with requests in flight.
+
+What a forked child may do, and Ctrl-C, are in test_client.py; how server programs exit is in test_old_wheel.py.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from serving import (
 
 from grpc_batcher import MukoeBatcherClient
 
-# Without this gRPC tries to make the child fit for gRPC, which newer releases do not always survive.
+# Otherwise gRPC prepares the child for gRPC, which newer releases do not always survive.
 NO_FORK_SUPPORT = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
 
 FORKS_UNDER_LOAD_PROGRAM = """
@@ -66,7 +68,7 @@ FORKS_UNDER_LOAD_PROGRAM = """
                     except RuntimeError:
                         os._exit(7)
                     os._exit(1)
-                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7, "what a forked child may not do"
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7, "the child could send a request"
                 wait_for_answers()
                 assert subprocess.run(["true"]).returncode == 0
                 child = os.fork()
@@ -82,8 +84,8 @@ FORKS_UNDER_LOAD_PROGRAM = """
 """
 
 
-def test_a_process_that_serves_and_asks_forks_under_load_and_goes_on(tmp_path: Path) -> None:
-    """Children that try to send, that start another program, and that are killed."""
+def test_a_process_that_serves_and_calls_may_fork_under_load(tmp_path: Path) -> None:
+    """Its children try to send a request, start another program, and are killed."""
     assert run_program(tmp_path, FORKS_UNDER_LOAD_PROGRAM, environment=NO_FORK_SUPPORT) == ["True"]
 
 
@@ -145,12 +147,12 @@ ENDING_CALLER_PROGRAM = """
         ("os._exit(4)", 4),
         ("threading.Thread(target=client.close, daemon=True).start()", 0),
     ],
-    ids=["at its end", "by sys.exit", "by an exception", "by os._exit", "as it closes its client"],
+    ids=["at its end", "by sys.exit", "by an exception", "by os._exit", "while it closes its client"],
 )
-def test_a_caller_may_end_with_requests_in_the_air_and_they_leave_the_server(
+def test_a_caller_may_exit_with_requests_in_flight_and_they_leave_the_server(
     ending: str, expected: int, tmp_path: Path
 ) -> None:
-    """Its daemon threads wait in gRPC as the interpreter ends."""
+    """Its daemon threads wait in gRPC while the interpreter exits."""
     with (
         Held() as held,
         serving(held, batch_size=1) as batcher,
@@ -200,9 +202,9 @@ ENDING_SERVER_PROGRAM = """
 @pytest.mark.parametrize(
     ("ending", "expected"),
     [("sys.exit(3)", 3), ("os._exit(4)", 4), ("threading.Thread(target=batcher.shutdown, daemon=True).start()", 0)],
-    ids=["by sys.exit", "by os._exit", "as it shuts down"],
+    ids=["by sys.exit", "by os._exit", "while it shuts down"],
 )
-def test_a_program_that_serves_and_asks_may_end_with_requests_in_the_air(
+def test_a_program_that_serves_and_calls_may_exit_with_requests_in_flight(
     ending: str, expected: int, tmp_path: Path
 ) -> None:
     with start_program(tmp_path, ENDING_SERVER_PROGRAM.replace("ENDING", ending)) as program:
@@ -214,7 +216,7 @@ FORKING_SERVER_PROGRAM = """
     import faulthandler, os, sys, threading, warnings
     from grpc_batcher import create_batcher
 
-    warnings.simplefilter("ignore")  # newer Pythons warn of forks beside threads
+    warnings.simplefilter("ignore")  # newer Pythons warn about forks with threads
     entered, forked_child_ended, seen = threading.Event(), threading.Event(), []
 
     def callback(requests):
@@ -233,7 +235,7 @@ FORKING_SERVER_PROGRAM = """
             faulthandler.dump_traceback_later(40, exit=True)
             os.close(writing)
             os.read(reading, 1)
-            sys.exit(7)  # leaves the batcher's context, too
+            sys.exit(7)  # this also leaves the batcher's context
         print("forked", flush=True)
         entered.wait()
         os.write(writing, b"x")
@@ -244,7 +246,7 @@ FORKING_SERVER_PROGRAM = """
 """
 
 
-def test_a_forked_child_that_leaves_its_parents_batcher_ends_and_harms_nobody(tmp_path: Path) -> None:
+def test_a_forked_child_that_leaves_its_parents_batcher_exits_and_the_parent_serves_on(tmp_path: Path) -> None:
     environment = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
     with start_program(tmp_path, FORKING_SERVER_PROGRAM, environment=environment) as program:
         with MukoeBatcherClient(f"127.0.0.1:{program.read_line()}") as client:

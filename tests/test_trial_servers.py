@@ -1,4 +1,4 @@
-"""Servers that are killed, or shut down, and come back while callers go on, with an account of every request.
+"""Servers that are killed or shut down under load and come back, with an account of every request.
 
 GRPC_BATCHER_TRIALS=20 in the environment makes these trials twenty times as long.
 """
@@ -19,14 +19,14 @@ from grpc_batcher import MukoeBatcherClient
 
 THREADS_OF_A_CLIENT = 4
 
-# Its ports are given to nobody else while the server is away: to no other test that runs at the same time.
+# An address of this process's own, so that no other test gets the server's port while the server is away.
 HOST = f"127.{1 + os.getpid() % 250}.{os.getpid() // 250 % 250}.1"
 CALLERS = {f"caller-{number}" for number in range(2 * THREADS_OF_A_CLIENT)}
 
 
 @contextmanager
 def callers_asking(ledger: Ledger, port: int) -> Iterator[None]:
-    """Callers that go on with the clients they have, whatever happens, until they are told to stop."""
+    """Callers that keep using the same clients, whatever happens, until this is left."""
     with (
         MukoeBatcherClient(f"{HOST}:{port}") as first,
         MukoeBatcherClient(f"{HOST}:{port}") as second,
@@ -36,7 +36,7 @@ def callers_asking(ledger: Ledger, port: int) -> Iterator[None]:
 
 
 @pytest.mark.timeout(60 + 60 * LENGTH)
-def test_callers_of_a_server_that_is_killed_ten_times_get_unavailable_and_go_on_with_the_next(tmp_path: Path) -> None:
+def test_callers_get_unavailable_when_their_server_is_killed_and_continue_with_the_next(tmp_path: Path) -> None:
     ledger, moments, kills = Ledger(tmp_path / "ledger"), random.Random(2), 10 * LENGTH
     server, port = start_server(ledger, HOST)
     with callers_asking(ledger, port):
@@ -54,8 +54,8 @@ def test_callers_of_a_server_that_is_killed_ten_times_get_unavailable_and_go_on_
 
 
 @pytest.mark.timeout(60 + 60 * LENGTH)
-def test_no_request_is_executed_twice_or_lost_while_servers_come_and_go_under_load(tmp_path: Path) -> None:
-    """What a server that shuts down took in, it answers before it is gone."""
+def test_no_request_is_executed_twice_or_lost_while_servers_restart_under_load(tmp_path: Path) -> None:
+    """A server that shuts down first answers what it took in."""
     ledger, moments = Ledger(tmp_path / "ledger"), random.Random(3)
     with serving(ledger.callback, host=HOST) as finder:
         port = finder.port

@@ -1,6 +1,6 @@
-"""Shutdowns at every stage of a request's way, with an account of every request.
+"""Shutdowns at every stage of a request, with an account of every request.
 
-test_api.py and test_outcomes.py have those from the callback, from a signal handler, from two threads, and again.
+Shutdowns from the callback, from a signal handler, from two threads, and repeated ones are in test_api.py.
 GRPC_BATCHER_TRIALS=20 in the environment makes the random ones twenty times as long.
 """
 
@@ -24,7 +24,7 @@ from grpc_batcher import MukoeBatcherClient
 
 @pytest.mark.parametrize("grace_s", [0, 60])
 @pytest.mark.parametrize("streams", [0, 1, 50])
-def test_a_shutdown_while_nothing_waits_returns_and_ends_the_streams(streams: int, grace_s: float) -> None:
+def test_a_shutdown_without_requests_ends_the_streams_and_returns(streams: int, grace_s: float) -> None:
     with Held() as held, serving(held, batch_size=64, batch_timeout_s=0.001) as batcher, connect(batcher) as client:
         held.release(float("inf"))
         begin = threading.Barrier(streams + 1)
@@ -42,7 +42,7 @@ def test_a_shutdown_while_nothing_waits_returns_and_ends_the_streams(streams: in
         assert error_of(client.send_request, b"after").code().name == "UNAVAILABLE"
 
 
-def test_a_shutdown_while_a_window_is_half_full_answers_what_waits_without_the_window(tmp_path: Path) -> None:
+def test_a_shutdown_answers_what_waits_without_waiting_for_the_window(tmp_path: Path) -> None:
     ledger, callers = Ledger(tmp_path / "ledger"), 10
     with serving(ledger.callback, batch_size=2 * callers, batch_timeout_s=1e6) as batcher, connect(batcher) as client:
         requests = [in_background(ledger.ask, client, f"caller/{number}") for number in range(callers)]
@@ -54,12 +54,12 @@ def test_a_shutdown_while_a_window_is_half_full_answers_what_waits_without_the_w
 
 
 class SlowLink:
-    """Passes on one caller's bytes at once, and those of the server at 64 KiB in five milliseconds."""
+    """Forwards a caller's bytes at once, and the server's at 64 KiB per 5 ms."""
 
     PIECE_BYTES, PAUSE_S = 65536, 0.005
 
     def __init__(self, port: int) -> None:
-        self.has_begun = threading.Event()  # to pass on an answer
+        self.has_begun = threading.Event()  # to forward an answer
         self._server_port = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
@@ -68,14 +68,14 @@ class SlowLink:
     def _run(self) -> None:
         caller, _ = self._listener.accept()
         with caller, socket.socket() as server:
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.PIECE_BYTES)  # so that little is under way
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.PIECE_BYTES)  # so that little is in flight
             server.connect(("127.0.0.1", self._server_port))
-            upstream = threading.Thread(target=self._pass_on, args=(caller, server, 0))
+            upstream = threading.Thread(target=self._forward, args=(caller, server, 0))
             upstream.start()
-            self._pass_on(server, caller, self.PAUSE_S)
+            self._forward(server, caller, self.PAUSE_S)
             upstream.join()
 
-    def _pass_on(self, source: socket.socket, target: socket.socket, pause_s: float) -> None:
+    def _forward(self, source: socket.socket, target: socket.socket, pause_s: float) -> None:
         passed_bytes = 0
         with suppress(OSError):
             while data := source.recv(self.PIECE_BYTES):
@@ -99,17 +99,17 @@ class SlowLink:
 
 @pytest.mark.skipif(
     tuple(int(part) for part in grpc.__version__.split(".")[:2]) < (1, 62),
-    reason="older gRPC says that a reply is out before it is, and cuts it off as the server stops",
+    reason="older gRPC reports a reply as sent too early, and cuts it off when the server stops",
 )
-def test_a_shutdown_while_replies_are_on_their_way_lets_them_arrive() -> None:
-    """It begins when the beginning of a long one has passed a slow link."""
+def test_replies_that_are_on_their_way_arrive_despite_a_shutdown() -> None:
+    """The shutdown starts when the beginning of a long reply has passed a slow link."""
     answer_bytes = 10_000_000
 
-    def answer_at_length(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
+    def long_answers(requests: list[bytes]) -> list[tuple[dict[str, bytes], int]]:
         return [({"result": bytes(answer_bytes)}, 7) for _ in requests]
 
     with (
-        serving(answer_at_length) as batcher,
+        serving(long_answers) as batcher,
         connect(batcher) as idle_client,
         SlowLink(batcher.port) as link,
         MukoeBatcherClient(link.address) as client,
@@ -123,10 +123,8 @@ def test_a_shutdown_while_replies_are_on_their_way_lets_them_arrive() -> None:
 
 @pytest.mark.timeout(60 + 30 * LENGTH)
 @pytest.mark.parametrize("grace_s", [0, 60])
-def test_a_shutdown_at_any_moment_under_load_leaves_each_request_answered_or_unavailable(
-    grace_s: float, tmp_path: Path
-) -> None:
-    """Callers with a stream, new ones, and such whose time is short. Within the grace, what was seen is answered."""
+def test_after_a_shutdown_under_load_each_request_is_answered_or_unavailable(grace_s: float, tmp_path: Path) -> None:
+    """Callers stay, come and go, or have short time limits. In a grace period, what the callback saw is answered."""
     ledger, moments = Ledger(tmp_path / "ledger"), random.Random(8)
 
     def come_and_go(caller: str) -> None:
@@ -159,7 +157,7 @@ def test_a_shutdown_at_any_moment_under_load_leaves_each_request_answered_or_una
         assert {name for name in seen - set(account.answered) if not name.startswith("hurries")} == set()
 
 
-def test_behind_a_callback_that_never_returns_the_queue_is_bounded_and_a_shutdown_says_what_it_left(
+def test_behind_a_stuck_callback_the_queue_is_bounded_and_a_shutdown_says_what_it_left(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     callers, places = 60, 10
@@ -177,7 +175,7 @@ def test_behind_a_callback_that_never_returns_the_queue_is_bounded_and_a_shutdow
         with caplog.at_level(logging.WARNING, logger="grpc_batcher"):
             batcher.shutdown(grace_s=0.1)
         assert [request.result() for request in requests] == [False] * (1 + callers)
-        assert f"{1 + places} requests are left" in caplog.text
+        assert f"left {1 + places} requests unanswered" in caplog.text
         codes = [
             code for _, code in sorted(ledger.account(failures={"RESOURCE_EXHAUSTED", "UNAVAILABLE"}).failed.items())
         ]
@@ -228,5 +226,5 @@ INTERRUPTED_DRAIN_PROGRAM = """
 """
 
 
-def test_a_shutdown_that_a_signal_handlers_exception_breaks_off_stops_the_server_all_the_same(tmp_path: Path) -> None:
+def test_a_shutdown_interrupted_by_an_exception_still_stops_the_server(tmp_path: Path) -> None:
     assert run_program(tmp_path, INTERRUPTED_DRAIN_PROGRAM) == ["UNAVAILABLE", "stopped"]

@@ -1,4 +1,4 @@
-"""A source tree that was not compiled."""
+"""What importing an uncompiled source tree says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our readers and writers of the wire format against protobuf's, which are the reference."""
+"""Our readers and writers of messages, compared with protobuf's."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ ANSWERS = st.builds(Answer, st.dictionaries(st.text(), st.binary()), INT32)
 
 
 def read_request_with_protobuf(model: str, message: bytes) -> object:
-    """What a message means to a model, by protobuf alone; None if it means nothing."""
+    """Read a message with nothing but protobuf; None if the model does not accept it."""
     try:
         request = MukoeRequest.FromString(message)
-    except (DecodeError, UnicodeDecodeError):  # the second out of protobuf 3.20 in plain Python
+    except (DecodeError, UnicodeDecodeError):  # pure-Python protobuf 3.20 raises the second
         return None
     kind = request.WhichOneof("request_type")
     if kind != MODELS[model].message_field:
@@ -61,7 +61,7 @@ def read_answer(message: bytes) -> tuple[dict[str, bytes], int] | None:
 
 @st.composite
 def mangled(draw: st.DrawFn, messages: st.SearchStrategy[bytes]) -> bytes:
-    """Messages cut short, run together, with bytes changed or inserted: split, repeated, unknown and broken fields."""
+    """Messages cut off, joined, or with changed bytes, so that fields are split, repeated, unknown or broken."""
     message = draw(messages)
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(message)))
@@ -108,7 +108,7 @@ ANSWER_MESSAGES = st.one_of(
 @example(b"x" * 127, -1)
 @example(b"x" * 128, 2**31 - 1)
 @example(b"x" * 200_000, -(2**31))
-def test_written_requests_are_protobufs_to_the_byte(data: bytes, action: int) -> None:
+def test_written_requests_are_byte_for_byte_protobufs(data: bytes, action: int) -> None:
     dyna = MukoeRequest(dynamics=Dynamics(data=data, action=action))
     assert MODELS["dyna"].write_request({"data": data, "action": action}) == dyna.SerializeToString()
     rep = MukoeRequest(representations=Representations(data=data))
@@ -119,7 +119,7 @@ def test_written_requests_are_protobufs_to_the_byte(data: bytes, action: int) ->
 @given(ANSWERS)
 @example(Answer({"": b""}, 0))
 @example(Answer({"key": b"x" * 200_000}, -1))
-def test_written_answers_are_protobufs_to_the_byte(answer: Answer) -> None:
+def test_written_answers_are_byte_for_byte_protobufs(answer: Answer) -> None:
     message = _models.write_answer(answer)
     parsed = MukoeResponse.FromString(message)
     assert parsed.SerializeToString() == message
@@ -131,15 +131,15 @@ def test_written_answers_are_protobufs_to_the_byte(answer: Answer) -> None:
 @given(mangled(REQUEST_MESSAGES))
 @example(b"")
 @example(b"\x0a\x00")
-@example(b"\x12\x02\x10\x05")  # an action alone
+@example(b"\x12\x02\x10\x05")  # only an action
 @example(b"\x12\x04\x10\x05\x0a\x00")  # fields in the other order
 @example(b"\x0a\x03\x0a\x01a\x0a\x03\x0a\x01b")  # the message in two parts, which merge
 @example(b"\x12\x02\x10\x05\x12\x03\x0a\x01b")
 @example(b"\x0a\x00\x12\x00")  # both kinds: the last one counts
 @example(b"\x12\x0b\x10\xff\xff\xff\xff\xff\xff\xff\xff\xff\x7f")  # a varint of over 64 bits
-@example(b"\x12\x06\x10\xff\xff\xff\xff\x1f")  # one of over 32 bits
-@example(b"\x0a\x03\x0a\x28a")  # a length that goes beyond the end
-def test_any_request_means_to_us_what_it_means_to_protobuf(message: bytes) -> None:
+@example(b"\x12\x06\x10\xff\xff\xff\xff\x1f")  # a varint of over 32 bits
+@example(b"\x0a\x03\x0a\x28a")  # a length past the end
+def test_any_request_is_read_as_protobuf_reads_it(message: bytes) -> None:
     for model in ("repr", "dyna"):
         assert read_request(model, message) == read_request_with_protobuf(model, message)
 
@@ -150,12 +150,12 @@ def test_any_request_means_to_us_what_it_means_to_protobuf(message: bytes) -> No
 @example(b"\x0a\x00")
 @example(b"\x0a\x04\x10\x05\x0a\x00")  # the step before a pair
 @example(b"\x0a\x02\x10\x05\x0a\x02\x10\x06")  # the result in two parts
-@example(b"\x0a\x05\x0a\x28\x0a\x01k")  # a length that goes beyond the end
+@example(b"\x0a\x05\x0a\x28\x0a\x01k")  # a length past the end
 @example(b"\x0a\x05\x0a\x03\x0a\x28k")
-@example(b"\x0a\x05\x0a\x03\x0a\x01\xff")  # a key that is no UTF-8
+@example(b"\x0a\x05\x0a\x03\x0a\x01\xff")  # a key that is not UTF-8
 @example(b"\x0a\x08\x0a\x06\x12\x01v\x0a\x01k")  # a value before its key
-@example(b"\x0a\x07\x0a\x05\x0a\x01k\x10\x05")  # an unknown field in a pair, which looks like the step
-def test_any_answer_means_to_us_what_it_means_to_protobuf(message: bytes) -> None:
+@example(b"\x0a\x07\x0a\x05\x0a\x01k\x10\x05")  # an unknown field of a pair, with the number of the step
+def test_any_answer_is_read_as_protobuf_reads_it(message: bytes) -> None:
     assert read_answer(message) == read_answer_with_protobuf(message)
 
 
@@ -169,7 +169,7 @@ def test_plain_messages_are_read_without_protobuf() -> None:
 @pytest.mark.parametrize(
     "data", [bytearray(b"abc"), memoryview(b"abc"), np.arange(12.0).reshape(3, 4), np.zeros(0), np.float32(1)]
 )
-def test_any_contiguous_buffer_is_sent_as_it_lies_in_memory(data: object) -> None:
+def test_a_contiguous_buffer_is_sent_as_it_is_in_memory(data: object) -> None:
     message = MODELS["repr"].write_request({"data": data})
     assert MODELS["repr"].read_request(message) == memoryview(data).tobytes()  # type: ignore[arg-type]
 
@@ -179,7 +179,7 @@ def test_an_array_that_is_not_contiguous_is_sent_in_c_order() -> None:
     assert MODELS["repr"].read_request(MODELS["repr"].write_request({"data": array})) == array.tobytes()
 
 
-def test_a_codec_refuses_what_it_does_not_know() -> None:
+def test_a_codec_refuses_fields_it_does_not_support() -> None:
     with pytest.raises(ValueError, match="no codec"):
         _wire.RequestCodec(16, [(1, True)])
     with pytest.raises(ValueError, match="no codec"):

@@ -65,7 +65,8 @@ class Session:
         except BadRequestError as error:
             raise self._failed(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
         except _core.QueueFullError as error:
-            raise self._failed(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from None
+            limit = "max_queue_bytes" if isinstance(error, _core.QueueBytesFullError) else "max_queue_size"
+            raise self._failed(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{error} ({limit})") from None
         except _core.RoomClosedError:
             raise self._failed(grpc.StatusCode.UNAVAILABLE, SHUTTING_DOWN) from None
 

@@ -1,6 +1,6 @@
-// Calls a "repr" and a "dyna" batcher as anyone could who has the proto: node client.js PROTO REPR_ADDRESS DYNA_ADDRESS
-// A fourth argument is a folder with authority.pem, client.key and client.pem, for TLS with a certificate of its own.
-// Prints what came, a line of JSON for each stream: the answers, and the status that the stream ended with.
+// Calls a "repr" and a "dyna" batcher using only the proto: node client.js PROTO REPR_ADDRESS DYNA_ADDRESS [FOLDER]
+// FOLDER contains authority.pem, client.key and client.pem, for mutual TLS.
+// Prints a line of JSON for each stream: its answers, and the status it ended with.
 'use strict';
 
 const fs = require('fs');
@@ -17,7 +17,7 @@ const credentials = folder
   : grpc.credentials.createInsecure();
 const { mukoe_batcher: contract } = grpc.loadPackageDefinition(protoLoader.loadSync(proto, { keepCase: true, defaults: true }));
 
-// One stream: each request goes out once the last one's answer is in, then the stream is half-closed.
+// One stream: sends each request when the previous answer has arrived, and half-closes the stream after the last.
 function exchange(address, requests) {
   return new Promise((resolve) => {
     const client = new contract.MukoeService(address, credentials);
@@ -31,7 +31,7 @@ function exchange(address, requests) {
       answers.push([dictionary, result.step]);
       sendNext();
     });
-    call.on('error', () => {}); // the status says it
+    call.on('error', () => {}); // reported by the status event
     call.on('status', ({ code, details }) => {
       client.close();
       resolve({ answers, code: grpc.status[code], details });
@@ -46,7 +46,7 @@ const dyna = (data, action) => ({ dynamics: { data: Buffer.from(data), action } 
 async function main() {
   const numbered = Array.from({ length: 5 }, (_, number) => `${number}`);
   const results = [
-    await exchange(reprAddress, [repr('hi')]), // as the old clients do: a stream for a request
+    await exchange(reprAddress, [repr('hi')]), // like old clients: a stream per request
     await exchange(reprAddress, numbered.map(repr)), // several on one stream
     await exchange(reprAddress, [repr(Buffer.alloc(884736, 0x5a))]),
     await exchange(dynaAddress, [dyna('hi', 3), dyna('', -(2 ** 31)), dyna('x', 2 ** 31 - 1)]),

@@ -1,4 +1,4 @@
-"""A session between a transport and the room, in orders of events that sockets rarely produce."""
+"""A session between a transport and the waiting room, with orders of events that sockets rarely produce."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_DEADLINE = SimpleNamespace(time_remaining=lambda: None)
 
 
 class RecordedStream:
-    """What a session sends: replies, and the status it ends with."""
+    """Records what a session sends: replies, and the status it ends with."""
 
     def __init__(self) -> None:
         self.replies: list[bytes] = []
@@ -36,7 +36,7 @@ class RecordedStream:
 
 
 class Source:
-    """A session's source of requests, with something done around its `push`, as other threads would."""
+    """Wraps a session's stream in the waiting room, to do something around `push` as other threads might."""
 
     def __init__(
         self,
@@ -73,10 +73,12 @@ def counts(service: Service) -> dict[str, int]:
 
 
 def taken_in(end: StreamEnd | None) -> str:
-    """What a status tells the client."""
+    """Return how many requests a status tells the client were taken in."""
     assert end is not None
     told: dict[str, str] = {}
-    context = SimpleNamespace(set_trailing_metadata=told.update, set_code=lambda code: None, set_details=lambda text: None)
+    context = SimpleNamespace(
+        set_trailing_metadata=told.update, set_code=lambda code: None, set_details=lambda text: None
+    )
     end.set_on(context)
     return told["grpc-batcher-taken-in"]
 
@@ -90,7 +92,7 @@ def test_a_reply_that_is_ready_before_push_returns_is_sent(service: Service) -> 
         taken = service.room.poll_batch()
         assert taken is not None
         service.room.finish(taken[1], [Answer({"result": ticket.request}, 7)])
-        # Another thread delivers it, which waits until the request has been counted as taken in.
+        # Delivered on another thread, which waits until the request is counted as taken in.
         delivering.append(threading.Thread(target=session.deliver, args=(ticket,)))
         delivering[-1].start()
 
@@ -118,19 +120,19 @@ def test_a_refused_request_is_counted_once_and_not_as_taken_in(service: Service)
     assert counts(service) == {"INVALID_ARGUMENT": 2, "UNAVAILABLE": 1}
 
 
-def test_a_shutdown_between_a_requests_arrival_and_its_refusal_does_not_count_it_as_taken_in(service: Service) -> None:
-    """The client may then send it again: it certainly never ran."""
+def test_a_request_refused_during_a_shutdown_is_not_counted_as_taken_in(service: Service) -> None:
+    """The client may then resend it, because it certainly never ran."""
     session = Session(service, NO_DEADLINE)
     stream = session.stream = RecordedStream()
     ending: list[threading.Thread] = []
 
-    def shut_down() -> None:
+    def shut_down_meanwhile() -> None:
         service.room.close()
         service.room.abandon()
         ending.append(threading.Thread(target=session.shut_down))
         ending[0].start()
 
-    session._source = Source(session._source, before=shut_down)
+    session._source = Source(session._source, before=shut_down_meanwhile)
     with pytest.raises(StreamEnd) as caught:
         session.accept(REQUEST)
     ending[0].join()
@@ -139,7 +141,7 @@ def test_a_shutdown_between_a_requests_arrival_and_its_refusal_does_not_count_it
     assert counts(service) == {"UNAVAILABLE": 1}
 
 
-def test_a_bad_request_whose_caller_leaves_as_it_is_read_is_counted_once(
+def test_a_bad_request_whose_caller_leaves_meanwhile_is_counted_once(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = Session(service, NO_DEADLINE)
@@ -162,7 +164,7 @@ def test_a_request_whose_caller_leaves_is_counted_once(service: Service) -> None
     session.close()
     session.close()
     assert ticket.state == _core.LEFT
-    session.stream = stream  # as a delivery that began before the close still has it
+    session.stream = stream  # a delivery that began before the close still has it
     session.deliver(ticket)
     assert stream.replies == []
     assert counts(service) == {"CANCELLED": 1}

@@ -1,0 +1,108 @@
+"""Which part of the package may import which, and what the package exports."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import grpc_batcher
+
+PACKAGE = Path(__file__).resolve().parent.parent / "grpc_batcher"
+
+FOLDERS = {"_server", "_client", "_transport", "_cli"}
+
+# What a part, which is a folder or a module at the top, must not import.
+FORBIDDEN = {
+    "_server": {"_client", "_cli"},
+    "_client": {"_server", "_cli"},
+    "_transport": {"_server", "_client", "_cli"},
+    **dict.fromkeys(("_core", "_wire", "_contract", "_errors", "_process", "_models"), FOLDERS),
+    "prometheus": {"_client", "_transport", "_cli"},
+}
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].partition(".")[0]
+
+
+def files() -> list[Path]:
+    """The files that somebody wrote, including those for Cython."""
+    suffixes = {".py", ".pyi", ".pyx"}
+    return sorted(file for file in PACKAGE.rglob("*.py*") if file.suffix in suffixes and part_of(file) != "_proto")
+
+
+def tree_of(file: Path) -> ast.Module:
+    """Parse a file. Of Cython's language only the import statements are kept."""
+    text = file.read_text()
+    if file.suffix == ".pyx":
+        statements = re.findall(r"^\s*((?:from\s+\S+\s+)?c?import\s.*)$", text, re.MULTILINE)
+        text = "\n".join(re.sub(r"\bcimport\b", "import", statement) for statement in statements)
+    return ast.parse(text)
+
+
+def imports_of(file: Path) -> Iterator[str]:
+    """Every name that a file imports, absolute. Includes imports in functions and for type checkers."""
+    package = ("grpc_batcher", *file.relative_to(PACKAGE).parent.parts)
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *filter(None, [node.module])))
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def parts_imported_by(part: str) -> set[str]:
+    names = {name for file in files() if part_of(file) == part for name in imports_of(file)}
+    return {name.split(".")[1] for name in names if name.startswith("grpc_batcher.")}
+
+
+@pytest.mark.parametrize("part", FORBIDDEN)
+def test_a_part_imports_nothing_that_it_must_not_know(part: str) -> None:
+    assert parts_imported_by(part) & FORBIDDEN[part] == set()
+
+
+def test_imports_are_found() -> None:
+    assert parts_imported_by("_client") >= {"_contract", "_errors", "_models", "_process", "_transport"}
+    assert parts_imported_by("_server") >= {"_core", "_transport", "_models"}
+    assert parts_imported_by("_models") == {"_proto", "_wire"}
+    assert set(imports_of(PACKAGE / "_core.pyx")) >= {"cpython.ref.Py_INCREF"}
+    assert "grpc_batcher._server.service.Service" in set(imports_of(PACKAGE / "_server" / "session.py"))
+
+
+def test_every_part_is_known() -> None:
+    parts = {part_of(file) for file in files()}
+    assert parts == set(FORBIDDEN) | {"__init__", "__main__", "_cli", "_version"}
+
+
+def private_names_of_grpcio(file: Path) -> set[str]:
+    """The private names of grpcio that a file imports, gets from the module, or names in a string."""
+    names = {name for name in imports_of(file) if re.match(r"grpc\._|(?!grpc_batcher\.).*\bcygrpc\b", name)}
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.Attribute) and re.match(r"grpc\.(\w+\.)*_[a-z]", ast.unparse(node)):
+            names.add(ast.unparse(node))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"grpc\._.*", node.value):
+            names.add(node.value)
+    return names
+
+
+def test_grpcios_private_names_stand_in_one_file() -> None:
+    users = {file.relative_to(PACKAGE).as_posix() for file in files() if private_names_of_grpcio(file)}
+    assert users == {"_transport/grpcio_private.py"}
+
+
+def test_the_package_exports_exactly_the_names_in_all() -> None:
+    public = {
+        name for name, value in vars(grpc_batcher).items() if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert public | {"__version__"} == set(grpc_batcher.__all__)
+
+
+def test_prometheus_is_the_only_public_module() -> None:
+    modules = {entry.name for entry in PACKAGE.iterdir() if not entry.name.startswith((".", "_"))}
+    assert modules - {"py.typed"} == {"prometheus.py"}
