@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from multiprocessing.connection import Connection as Pipe
 
-from answers import TAG_BYTES
-from callers import Connection, connect
-
 from grpc_batcher._cli.load import Job, Outcome, Send, Window, run
 from grpc_batcher._cli.workers import obey
+
+from answers import TAG_BYTES
+from callers import Connection, connect
 
 
 class Callers:

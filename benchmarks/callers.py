@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
-from answers import KEY, answer_to
-
 from grpc_batcher import MukoeBatcherClient
 from grpc_batcher._cli.load import Send
+
+import grpc
+from answers import KEY, answer_to
 
 METHOD = "/mukoe_batcher.MukoeService/ProcessRequest"
 

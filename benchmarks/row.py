@@ -7,11 +7,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from grpc_batcher._cli.workers import WorkerError, stop_all
+
 from measuring import Group, Sample, measure
 from processes import Child
 from systems import SYSTEMS, System, Unavailable
-
-from grpc_batcher._cli.workers import WorkerError, stop_all
 
 K = TypeVar("K")
 

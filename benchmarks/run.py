@@ -15,6 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 
+from grpc_batcher._cli.workers import WorkerError
+
 import draw
 import machine
 import report
@@ -22,8 +24,6 @@ from measuring import Sample
 from report import Measured
 from row import Bench, Row, Settings
 from rows import callback, core_alone, few_callers, idle, overlap, streams, throughput
-
-from grpc_batcher._cli.workers import WorkerError
 
 ROWS: dict[str, ModuleType] = {
     "throughput": throughput,

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpc_batcher._proto.mukoe_batcher_pb2 import KeyValue, ModelResponse, MukoeResponse
+
 import cpp_echo
 from answers import FILLER, KEY, TAG_BYTES
 from call import call
 from processes import Child, run_program
 from servers import batcher as batcher_server
 from servers import grpcio_echo as grpcio_server
-
-from grpc_batcher._proto.mukoe_batcher_pb2 import KeyValue, ModelResponse, MukoeResponse
 
 BATCH_SIZE = 16
 BATCH_TIMEOUT_S = 0.005

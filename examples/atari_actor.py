@@ -14,13 +14,13 @@ from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier, Event
 from threading import BrokenBarrierError
 
+from grpc_batcher import MukoeBatcherClient
+
 import grpc
 import numpy as np
 import numpy.typing as npt
 from array_packing import pack_array, unpack_array
 from atari_game import AtariGame
-
-from grpc_batcher import MukoeBatcherClient
 
 ACTIONS_TRIED = 4  # in the look-ahead; a game has 3 to 18
 DISCOUNT = 0.997  # what a point after the next move is worth, compared with one now

@@ -22,11 +22,11 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from threading import BrokenBarrierError
 
+from grpc_batcher import MukoeBatcher, create_batcher
+
 import numpy as np
 from atari_actor import START_LIMIT_S, ActorReport, run_actor
 from atari_network import Network, dyna_callback, repr_callback
-
-from grpc_batcher import MukoeBatcher, create_batcher
 
 GAMES = ["breakout", "pong", "space_invaders", "ms_pacman", "seaquest", "qbert", "boxing", "enduro"]
 

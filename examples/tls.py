@@ -5,10 +5,10 @@ The certificates are generated here. In production they are files from your own 
 
 from __future__ import annotations
 
+from grpc_batcher import MukoeBatcherClient, RequestError, create_batcher
+
 import grpc
 import trustme
-
-from grpc_batcher import MukoeBatcherClient, RequestError, create_batcher
 
 authority = trustme.CA()
 certificate = authority.issue_cert("localhost")  # the name that callers connect to

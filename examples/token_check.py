@@ -9,9 +9,9 @@ import hmac
 import secrets
 from collections.abc import Callable, Iterator
 
-import grpc
-
 from grpc_batcher import MukoeBatcherClient, RequestError, create_batcher
+
+import grpc
 
 
 class TokenCheck(grpc.ServerInterceptor):

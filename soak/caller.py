@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from grpc_batcher import MukoeBatcherClient, RequestError
+
 import grpc
 from child import Faults, obey
 from traffic import (
@@ -30,8 +32,6 @@ from traffic import (
     what_is_wrong,
     write_request,
 )
-
-from grpc_batcher import MukoeBatcherClient, RequestError
 
 MAX_REQUESTS_A_THREAD = 60
 MAX_PAUSE_S = 0.03

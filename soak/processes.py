@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from traffic import COUNT_BITS, name_of
-
 from grpc_batcher._cli.workers import Worker
+
+from traffic import COUNT_BITS, name_of
 
 
 class Child(Worker):

@@ -16,14 +16,14 @@ from typing import Any
 # gRPC's core complains on stderr about killed servers. It reads this when grpc is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+from grpc_batcher._cli.workers import WorkerError, spawning
+
 import verdict
 from caller import LOST_S, Load, Target, call
 from processes import Child, Seen
 from relay import relay
 from server import serve
 from traffic import name_of
-
-from grpc_batcher._cli.workers import WorkerError, spawning
 
 MAX_FAULTS = 20
 

@@ -8,10 +8,10 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
+from grpc_batcher import BindError, MukoeBatcher, create_batcher
+
 from child import Faults, obey
 from traffic import MAX_MESSAGE_BYTES, REFUSED, AskedForError, Kind, answer_to, name_of, read_request, step_of
-
-from grpc_batcher import BindError, MukoeBatcher, create_batcher
 
 BATCH_SIZE = 8
 WINDOW_S = 0.002

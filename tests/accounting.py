@@ -21,9 +21,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from serving import eventually, in_background
-
 from grpc_batcher import MukoeBatcherClient, RequestError, create_batcher
+
+from serving import eventually, in_background
 
 # GRPC_BATCHER_TRIALS=20 in the environment makes the random trials twenty times as long.
 LENGTH = int(os.environ.get("GRPC_BATCHER_TRIALS", "1"))

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from grpc_batcher import _core
+
 import hypothesis
 import pytest
-
-from grpc_batcher import _core
 
 # A shell that starts the tests in the background makes them ignore SIGINT, and their programs would inherit that.
 if threading.current_thread() is threading.main_thread():

@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grpc
-
 from grpc_batcher import MukoeBatcher, MukoeBatcherClient, RequestError, create_batcher
+
+import grpc
 
 METHOD = "/mukoe_batcher.MukoeService/ProcessRequest"
 

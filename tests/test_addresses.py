@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from grpc_batcher import BindError, MukoeBatcher, MukoeBatcherClient, create_batcher
+from grpc_batcher._client import stream_pool
+from grpc_batcher._server.session import Session
+
 import grpc
 import pytest
 from serving import (
@@ -25,10 +29,6 @@ from serving import (
     serving,
     start_program,
 )
-
-from grpc_batcher import BindError, MukoeBatcher, MukoeBatcherClient, create_batcher
-from grpc_batcher._client import stream_pool
-from grpc_batcher._server.session import Session
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 

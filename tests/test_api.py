@@ -12,6 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc_batcher
+from grpc_batcher import BatcherError, BindError, MukoeBatcher, MukoeBatcherClient, RequestError, create_batcher
+
 import grpc
 import numpy as np
 import pytest
@@ -32,9 +35,6 @@ from serving import (
     start_program,
     waiting,
 )
-
-import grpc_batcher
-from grpc_batcher import BatcherError, BindError, MukoeBatcher, MukoeBatcherClient, RequestError, create_batcher
 
 
 def new_batcher(**changes: Any) -> MukoeBatcher:

@@ -6,11 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from grpc_batcher._server.metrics import Recorder
+
 import grpc
 import pytest
 from serving import connect, echo, error_of, eventually, in_background, run_program, serving
-
-from grpc_batcher._server.metrics import Recorder
 
 
 @pytest.fixture

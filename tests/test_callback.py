@@ -7,14 +7,14 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from grpc_batcher._models import Answer
+from grpc_batcher._server.callback import Failure, outcomes_of
+from grpc_batcher._server.delivery import Delivery
+
 import grpc
 import numpy as np
 import pytest
 from serving import answer, connect, echo, error_of, eventually, in_background, serving
-
-from grpc_batcher._models import Answer
-from grpc_batcher._server.callback import Failure, outcomes_of
-from grpc_batcher._server.delivery import Delivery
 
 
 def consumed(requests: list[Any]) -> list[Any]:

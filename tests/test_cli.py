@@ -21,6 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from grpc_batcher import MukoeBatcherClient, create_batcher
+from grpc_batcher._cli.command import command as grpc_batcher_command
+from grpc_batcher._cli.report import Point, knee
+
 import click
 import grpc
 import pytest
@@ -37,10 +41,6 @@ from serving import (
     serving,
     start_program,
 )
-
-from grpc_batcher import MukoeBatcherClient, create_batcher
-from grpc_batcher._cli.command import command as grpc_batcher_command
-from grpc_batcher._cli.report import Point, knee
 
 SERVE = ("--batch-size", "4", "--batch-timeout-s", "0", "--host", "127.0.0.1", "--port", "0")
 REPR = ("functions:echo", "--model", "repr", *SERVE)

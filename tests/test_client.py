@@ -12,6 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from grpc_batcher import MukoeBatcherClient
+from grpc_batcher._client import stream_pool
+from grpc_batcher._contract import TAKEN_IN_KEY
+
 import grpc
 import pytest
 from serving import (
@@ -32,10 +36,6 @@ from serving import (
     start_program,
     waiting,
 )
-
-from grpc_batcher import MukoeBatcherClient
-from grpc_batcher._client import stream_pool
-from grpc_batcher._contract import TAKEN_IN_KEY
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 

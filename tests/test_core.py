@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import room_model
-
 from grpc_batcher import _core
 from grpc_batcher._core import CLOSED, EXPIRED, FINISHED, LEFT, TAKEN, WAITING, ManualClock
+
+import pytest
+import room_model
 
 START_NS = 1_000_000_000_000
 SECOND_NS = 1_000_000_000

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from grpc_batcher import _core
+from grpc_batcher._core import FINISHED, TAKEN, ManualClock
+
 import room_model
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-
-from grpc_batcher import _core
-from grpc_batcher._core import FINISHED, TAKEN, ManualClock
 
 START_NS = 1_000_000_000_000
 SECOND_NS = room_model.SECOND_NS

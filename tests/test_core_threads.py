@@ -17,10 +17,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from grpc_batcher import _core
 from grpc_batcher._core import CLOSED, EXPIRED, FINISHED, LEFT, TAKEN, ManualClock, Ticket, WaitingRoom
+
+import pytest
 
 MS_NS = 1_000_000
 SECOND_NS = 1_000_000_000

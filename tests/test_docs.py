@@ -16,15 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
-from serving import echo, eventually, finish_program, run_program, start_program
-
 import grpc_batcher
 from grpc_batcher import Metrics, MukoeBatcher, MukoeBatcherClient, _core, create_batcher
 from grpc_batcher._client import connection
 from grpc_batcher._proto import mukoe_batcher_pb2
 from grpc_batcher._server import life_cycle
+
+import pytest
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
+from serving import echo, eventually, finish_program, run_program, start_program
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = {

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import grpc_batcher
+
+import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "grpc_batcher"
 

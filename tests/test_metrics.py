@@ -8,11 +8,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import pytest
-from serving import Held, connect, in_background, in_callback, serving, waiting
-
 from grpc_batcher import Histogram, Percentiles
 from grpc_batcher._server.metrics import PERCENTILE_WINDOW, Recorder
+
+import pytest
+from serving import Held, connect, in_background, in_callback, serving, waiting
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "metrics.md").read_text()
 
@@ -155,9 +155,9 @@ def test_without_track_metrics_batch_sizes_are_counted_and_durations_are_not() -
 def scraped(*batchers: Any) -> dict[str, Any]:
     """Return the families that a scrape returns, by name, as a Prometheus server reads them."""
     prometheus_client = pytest.importorskip("prometheus_client")
-    from prometheus_client.parser import text_string_to_metric_families
-
     from grpc_batcher.prometheus import BatcherCollector
+
+    from prometheus_client.parser import text_string_to_metric_families
 
     registry = prometheus_client.CollectorRegistry()
     registry.register(BatcherCollector(*batchers))

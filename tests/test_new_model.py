@@ -13,10 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpc_batcher
+
 import pytest
 from serving import PROGRAM_LIMIT_S, run_program
-
-import grpc_batcher
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "new-model.md").read_text()

@@ -8,6 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from grpc_batcher import MukoeBatcherClient
+from grpc_batcher._proto.mukoe_batcher_pb2 import (
+    Dynamics,
+    KeyValue,
+    ModelResponse,
+    MukoeRequest,
+    MukoeResponse,
+    Representations,
+)
+
 import grpc
 import numpy as np
 import pytest
@@ -27,16 +37,6 @@ from serving import (
     run_program,
     serving,
     start_program,
-)
-
-from grpc_batcher import MukoeBatcherClient
-from grpc_batcher._proto.mukoe_batcher_pb2 import (
-    Dynamics,
-    KeyValue,
-    ModelResponse,
-    MukoeRequest,
-    MukoeResponse,
-    Representations,
 )
 
 # ---- a user's script ----

@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from typing import Any
 
+from grpc_batcher import MukoeBatcher, MukoeBatcherClient, RequestError
+from grpc_batcher._models import MODELS
+
 import grpc
 import numpy as np
 import pytest
@@ -31,9 +34,6 @@ from serving import (
     serving,
     waiting,
 )
-
-from grpc_batcher import MukoeBatcher, MukoeBatcherClient, RequestError
-from grpc_batcher._models import MODELS
 
 INTERNAL = grpc.StatusCode.INTERNAL
 INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT

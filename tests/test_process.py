@@ -7,12 +7,12 @@ import os
 import re
 from pathlib import Path
 
+import grpc_batcher
+from grpc_batcher._process import _FIRST_WITH_EVENT_ENGINE, _LAST_TRIED_WITH_POLLING, libc
+
 import grpc
 import pytest
 from serving import echo, run_program, serving
-
-import grpc_batcher
-from grpc_batcher._process import _FIRST_WITH_EVENT_ENGINE, _LAST_TRIED_WITH_POLLING, libc
 
 GRPCIO = tuple(int(number) for number in grpc.__version__.split(".")[:2])
 HAS_CHOICE_OF_POLLER = _FIRST_WITH_EVENT_ENGINE <= GRPCIO <= _LAST_TRIED_WITH_POLLING

@@ -10,12 +10,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from grpc_batcher import MukoeBatcher, MukoeBatcherClient, create_batcher
+
 import grpc
 import pytest
 from conftest import Certificates, Pair
 from serving import PROGRAM_LIMIT_S, Held, address_of, answer, connect, echo, error_of, run_program, serving
-
-from grpc_batcher import MukoeBatcher, MukoeBatcherClient, create_batcher
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

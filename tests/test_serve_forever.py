@@ -7,6 +7,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from grpc_batcher import BindError, MukoeBatcherClient, create_batcher
+
 import grpc
 import pytest
 from serving import (
@@ -22,8 +24,6 @@ from serving import (
     serving,
     start_program,
 )
-
-from grpc_batcher import BindError, MukoeBatcherClient, create_batcher
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import grpc
-import pytest
-
 from grpc_batcher import _core
 from grpc_batcher._models import MODELS, Answer, read_answer
 from grpc_batcher._server.metrics import Recorder
 from grpc_batcher._server.service import Service
 from grpc_batcher._server.session import Session
 from grpc_batcher._transport.interface import StreamEnd
+
+import grpc
+import pytest
 
 REQUEST = MODELS["repr"].write_request({"data": b"hi"})
 NO_DEADLINE = SimpleNamespace(time_remaining=lambda: None)

@@ -7,6 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from grpc_batcher import MukoeBatcher, MukoeBatcherClient
+from grpc_batcher._server.standard_services import StandardServices
+
 import grpc
 import pytest
 from google.protobuf import descriptor_pool, message_factory
@@ -26,9 +29,6 @@ from serving import (
     start_program,
     waiting,
 )
-
-from grpc_batcher import MukoeBatcher, MukoeBatcherClient
-from grpc_batcher._server.standard_services import StandardServices
 
 SERVICE = "mukoe_batcher.MukoeService"
 NAMES = ("", SERVICE)

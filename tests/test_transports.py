@@ -11,6 +11,11 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
+from grpc_batcher import MukoeBatcherClient, RequestError
+from grpc_batcher._models import MODELS
+from grpc_batcher._server.session import Session
+from grpc_batcher._transport import choice, direct_server, grpcio_private
+
 import grpc
 import pytest
 from serving import (
@@ -28,11 +33,6 @@ from serving import (
     serving,
     start_program,
 )
-
-from grpc_batcher import MukoeBatcherClient, RequestError
-from grpc_batcher._models import MODELS
-from grpc_batcher._server.session import Session
-from grpc_batcher._transport import choice, direct_server, grpcio_private
 
 REQUEST_PROGRAM = """
     import logging

@@ -12,11 +12,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from grpc_batcher._server.session import Session
+
 import pytest
 from accounting import LENGTH, Ledger, ask_until_killed, asking, name_in, start_process, wait_for_answers
 from serving import Held, address_of, connect, eventually, in_background, open_files, resident_bytes, serving
-
-from grpc_batcher._server.session import Session
 
 KILLED_AT_ONCE, KILLED_IN_TOTAL, REQUEST_BYTES = 20, 200 * LENGTH, 200_000
 

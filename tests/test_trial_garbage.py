@@ -9,6 +9,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from grpc_batcher import MukoeBatcher, MukoeBatcherClient
+from grpc_batcher._models import MODELS
+from grpc_batcher._proto.mukoe_batcher_pb2 import MukoeRequest
+
 import grpc
 import pytest
 from google.protobuf.message import DecodeError
@@ -26,10 +30,6 @@ from serving import (
     serving,
     waiting,
 )
-
-from grpc_batcher import MukoeBatcher, MukoeBatcherClient
-from grpc_batcher._models import MODELS
-from grpc_batcher._proto.mukoe_batcher_pb2 import MukoeRequest
 
 REQUEST = MODELS["repr"].write_request({"data": b"hi"})
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from grpc_batcher._server import life_cycle
+
 import grpc
 import pytest
 from serving import (
@@ -29,8 +31,6 @@ from serving import (
     serving,
     start_program,
 )
-
-from grpc_batcher._server import life_cycle
 
 # Each program first moves to its host.
 _ON_HOST = """

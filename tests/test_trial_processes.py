@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from grpc_batcher import MukoeBatcherClient
+
 import pytest
 from serving import (
     Held,
@@ -20,8 +22,6 @@ from serving import (
     serving,
     start_program,
 )
-
-from grpc_batcher import MukoeBatcherClient
 
 # Otherwise gRPC prepares the child for gRPC, which newer releases do not always survive.
 NO_FORK_SUPPORT = {"GRPC_ENABLE_FORK_SUPPORT": "0"}

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from grpc_batcher import MukoeBatcherClient
+
 import pytest
 from accounting import LENGTH, Ledger, asking, start_server, wait_for_answers
 from serving import serving
-
-from grpc_batcher import MukoeBatcherClient
 
 THREADS_OF_A_CLIENT = 4
 

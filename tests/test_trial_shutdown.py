@@ -14,12 +14,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from grpc_batcher import MukoeBatcherClient
+
 import grpc
 import pytest
 from accounting import LENGTH, Ledger
 from serving import Held, address_of, answer, connect, error_of, eventually, in_background, run_program, serving
-
-from grpc_batcher import MukoeBatcherClient
 
 
 @pytest.mark.parametrize("grace_s", [0, 60])

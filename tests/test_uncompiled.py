@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from serving import run_program
-
 import grpc_batcher
+
+from serving import run_program
 
 
 def test_an_uncompiled_tree_says_on_import_what_to_run(tmp_path: Path) -> None:

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
-from google.protobuf.message import DecodeError
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-
 from grpc_batcher import _models, _wire
 from grpc_batcher._models import MODELS, Answer, BadRequestError
 from grpc_batcher._proto.mukoe_batcher_pb2 import (
@@ -18,6 +12,12 @@ from grpc_batcher._proto.mukoe_batcher_pb2 import (
     MukoeResponse,
     Representations,
 )
+
+import numpy as np
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 ANSWERS = st.builds(Answer, st.dictionaries(st.text(), st.binary()), INT32)

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from answers import FILLER, KEY, TAG_BYTES
-
 from grpc_batcher import create_batcher
 from grpc_batcher._cli.workers import obey
+
+from answers import FILLER, KEY, TAG_BYTES
 
 NATIVE_S = 0.002
 PYTHON_NS = 1_000_000

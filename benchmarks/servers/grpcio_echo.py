@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
+from grpc_batcher._cli.workers import obey
+
 import grpc
 from answers import answer_to
-
-from grpc_batcher._cli.workers import obey
 
 
 def serve(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
