@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grpc_batcher import MukoeBatcherClient, create_batcher
+from grpc_batcher import MukoeBatcherClient, create_batcher, info
 from grpc_batcher._cli.command import command as grpc_batcher_command
 from grpc_batcher._cli.report import Point, knee
 
@@ -167,7 +167,7 @@ def test_the_help_of_a_command_describes_each_option_and_names_its_variable(name
     assert (status, errors) == (0, "")
     said = "".join(output.split())
     options = [parameter for parameter in COMMANDS[name].params if isinstance(parameter, click.Option)]
-    assert len(options) > 5
+    assert len(options) > 5 or name == "info"  # which has none
     for option in options:
         variable = f"GRPC_BATCHER_{name}_{option.opts[0].removeprefix('--').replace('-', '_')}".upper()
         assert option.help
@@ -177,6 +177,17 @@ def test_the_help_of_a_command_describes_each_option_and_names_its_variable(name
     for argument in COMMANDS[name].params:
         if isinstance(argument, click.Argument):
             assert argument.envvar in output
+
+
+def test_info_prints_what_the_function_returns_for_a_process_that_serves(folder: Path) -> None:
+    status, output, errors = run(folder, "info")
+    assert (status, errors) == (0, "")
+    printed = dict(re.split(r" {2,}", line, maxsplit=1) for line in output.splitlines())
+    here = info()
+    assert printed.keys() == here.keys()
+    for name in ("grpc_batcher", "python", "grpcio", "protobuf", "numpy", "kernel", "libc"):
+        assert printed[name] == here[name]
+    assert re.match("(tuned|left alone): (?!this process has neither)", printed["memory"])
 
 
 def test_serve_has_an_option_for_every_parameter_of_create_batcher_with_its_default() -> None:
@@ -203,7 +214,7 @@ def test_the_command_lines_in_the_readme_use_only_options_that_exist() -> None:
     assert {name for name, _ in lines} == set(COMMANDS)
     for name, arguments in lines:
         context = COMMANDS[name].make_context(name, arguments.split())
-        assert context.params
+        assert context.params or name == "info"
 
 
 def test_the_installed_script_finds_functions_in_the_current_folder(

@@ -22,6 +22,7 @@ FORBIDDEN = {
     "_client": {"_server", "_cli"},
     "_transport": {"_server", "_client", "_cli"},
     **dict.fromkeys(("_core", "_wire", "_contract", "_errors", "_process", "_models"), FOLDERS),
+    "_info": {"_server", "_client", "_cli"},
     "prometheus": {"_client", "_transport", "_cli"},
 }
 
