@@ -1,7 +1,7 @@
-"""The caller engine: many threads ask at once, over one window of time that several processes can share.
+"""The load generator: many threads send requests during one window of time, which several processes can share.
 
-It knows no server and no network: whatever sends a request and returns its answer can be measured. It needs nothing
-but the standard library. `grpc-batcher bench` uses it, and so do the project's own benchmarks.
+It knows no server and no network: anything that sends a request and returns its answer can be measured. `grpc-batcher
+bench` and the project's benchmarks use it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any
 
 Send = Callable[[Any], Any]
 
-# After a request that failed a caller waits so long, or it would only measure how fast a server can refuse.
+# How long a caller waits after a failed request; otherwise it would measure how fast a server can refuse.
 _PAUSE_AFTER_ERROR_S = 0.01
 
-# How often whoever watches is told of progress.
+# How often `watch` is told of the progress.
 _TOLD_EVERY_S = 0.25
 
 
 @dataclass(frozen=True)
 class Window:
-    """When to ask, on the monotonic clock, which all processes of a machine share.
+    """When to send requests, on the monotonic clock, which all processes of a machine share.
 
-    start_ns: callers begin. What they do until `from_ns` is warming up and does not count.
-    from_ns, until_ns: answers that come in between count. At `until_ns` a caller sends no more.
+    start_ns: callers begin. What they do before `from_ns` is a warm-up and does not count.
+    from_ns, until_ns: answers that arrive in between count. At `until_ns` callers stop.
     """
 
     start_ns: int
@@ -43,9 +43,9 @@ class Window:
 
 @dataclass(frozen=True)
 class Job:
-    """What a caller sends, in turn and again from the first.
+    """A request. A caller sends its jobs in turn, over and over.
 
-    expected: the right answer; None to take any.
+    expected: the right answer; None accepts any.
     """
 
     payload: Any
@@ -54,14 +54,14 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What one caller or, merged, all of them saw.
+    """What one caller saw, or all of them together.
 
-    latencies_ns: of each request whose right answer came in the window.
-    answers: of each caller, how many those were.
-    sent: requests that were sent, in the window or not.
-    warm: callers that had an answer before the window began.
-    wrong: answers, in the window or not, that were not the expected one.
-    errors: failed requests, in the window or not, by what they raised.
+    latencies_ns: one for each request whose right answer arrived in the window.
+    answers: how many those were, for each caller.
+    sent: requests sent, in the window or not.
+    warm: callers that got an answer before the window began.
+    wrong: answers, in the window or not, other than the expected ones.
+    errors: failed requests, in the window or not, by status or exception.
     """
 
     latencies_ns: list[int] = field(default_factory=list)
@@ -89,12 +89,12 @@ def run(
     most_requests: int | None = None,
     watch: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Have each sender called by a thread of its own until the window is over, and return what came of it.
+    """Call each sender on its own thread until the window ends, and return what all of them saw.
 
-    jobs: what each of them sends.
+    jobs: what each sender sends.
     pause_s: how long a caller waits between an answer and its next request.
-    most_requests: how many each caller sends, if the window does not end before; None for no limit.
-    watch: called now and then, on this thread, with how many answers have come in the window so far.
+    most_requests: how many requests each caller sends unless the window ends first; None for no limit.
+    watch: called now and then, on this thread, with the number of answers in the window so far.
     """
     outcomes = [Outcome() for _ in senders]
     latencies_ns = [array("q") for _ in senders]
