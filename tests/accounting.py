@@ -28,8 +28,8 @@ from grpc_batcher import MukoeBatcherClient, RequestError, create_batcher
 # GRPC_BATCHER_TRIALS=20 in the environment makes the random trials twenty times as long.
 LENGTH = int(os.environ.get("GRPC_BATCHER_TRIALS", "1"))
 
-# How long a caller waits before it tries again, as real ones do; and how long one with its own process waits between two
-# requests, so that twenty of them leave some of a small machine to others.
+# How long a caller waits before it tries again, as real ones do; and how long one with its own process waits between
+# two requests, so that twenty of them leave some of a small machine to others.
 _PAUSE_S = 0.001
 _THINKING_S = 0.01
 
