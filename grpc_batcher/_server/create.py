@@ -38,13 +38,14 @@ def create_batcher(
     """Return a batcher, not yet started, that serves a model to many callers.
 
     model: "repr", whose callback gets a list of bytes, or "dyna", whose callback gets a list of (bytes, int).
-        batch_size: the most requests that the callback gets at once, from 1. batch_timeout_s: how long the oldest
-        request waits for others to fill its batch, in seconds; 0 for not at all. port: the TCP port to listen on; 0
-        lets the system choose, and `.port` then tells. num_threads: accepted so that calls written for the C++ wheel
-        work; at least 1. It limits nothing. batch_process_fn: called with the list of a batch's requests, always on the
-        same thread, one batch at a time. Returns a list with one result per request, in order: (dictionary, step),
-        where the values are bytes and the step is an int32, or an Exception instance to fail that request alone.
-        Required, despite following optional parameters (the wheel's order).
+    batch_size: the most requests that the callback gets at once, from 1.
+    batch_timeout_s: how long the oldest request waits for others to fill its batch, in seconds; 0 for not at all.
+    port: the TCP port to listen on; 0 lets the system choose, and `.port` then tells.
+    num_threads: accepted so that calls written for the C++ wheel work; at least 1. It limits nothing.
+    batch_process_fn: called with the list of a batch's requests, always on the same thread, one batch at a time.
+        Returns a list with one result per request, in order: (dictionary, step), where the values are bytes and the
+        step is an int32, or an Exception instance to fail that request alone. Required, despite following optional
+        parameters (the wheel's order).
     track_metrics: whether durations are measured, for `metrics()` and `print_batcher_summary()`.
     host: the address to listen on, such as "127.0.0.1" or "::1", or a unix socket such as "unix:/run/batcher.sock",
         which has no port. The default is every IPv4 interface.

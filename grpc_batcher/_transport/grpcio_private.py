@@ -6,8 +6,7 @@ is likely to change alone.
 Server, from grpc._server:
     _Context._rpc_event.call.start_server_batch(operations, tag): starts operations. The polling thread calls the tag
         with the event, and takes (state, callbacks) from it.
-    _Context._state (_RPCState): `condition` guards it; `due` holds what is outstanding, and a call is over once `due`
-    is
+    _Context._state (_RPCState): `condition` guards it; `due` holds what is outstanding, and a call is over once it is
         empty; `initial_metadata_allowed` says whether the next message must bring the initial metadata along.
     _is_rpc_state_active, _possibly_finish_call, _get_initial_metadata_operation: grpcio's own tags and sends call them.
         With them our operations stand in `due` like grpcio's own, and a stopping server waits for ours, too.
