@@ -35,7 +35,7 @@ class MukoeBatcherClient:
 
     Nothing is sent, and no connection made, before the first request. Any number of threads may share a client; each
     request in flight has its own stream, which is kept for later requests and closed after a minute without one. A
-    client can be pickled. After a fork, the child's client opens its own streams (docs/production.md says what gRPC allows).
+    client can be pickled. After a fork, the child opens its own streams (docs/production.md says what gRPC allows).
 
     Raises ValueError or TypeError naming the argument and what is allowed.
     """
