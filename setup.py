@@ -1,7 +1,7 @@
-"""The native modules. Everything else about the package stands in pyproject.toml.
+"""The native modules. Everything else about the package is in pyproject.toml.
 
 GRPC_BATCHER_DEBUG=1 builds them with their invariants checked and symbols for a debugger, GRPC_BATCHER_SANITIZE=thread
-or address likewise and with a sanitizer, whose runtime is then to be preloaded (see scripts/sanitize.py).
+or address does the same with a sanitizer, whose runtime must then be preloaded (see scripts/sanitize.py).
 """
 
 import os
@@ -28,7 +28,7 @@ extensions = [
     for name in ("_core", "_wire")
 ]
 
-# Apart from each other, or the one build would be taken for the other.
+# Separate folders, so that one build is not mistaken for another.
 base = f"build/{sanitizer or ('debug' if debug else 'release')}"
 setup(
     ext_modules=cythonize(extensions, language_level=3, build_dir=base),

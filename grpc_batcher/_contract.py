@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+_Value = TypeVar("_Value")
 
 SERVICE_NAME = "mukoe_batcher.MukoeService"
 METHOD = f"/{SERVICE_NAME}/ProcessRequest"
@@ -28,10 +31,21 @@ def check_duration(name: str, value: Any) -> None:
     """Raise ValueError unless an argument is a number of seconds from 0."""
     try:
         is_good = math.isfinite(value) and 0 <= value <= MAX_DURATION_S
-    except TypeError:
+    except (OverflowError, TypeError):
         is_good = False
     if not is_good:
         raise ValueError(f"{name} is {value!r}; it must be a number of seconds from 0 to {MAX_DURATION_S:.0f}")
+
+
+def as_tuple(name: str, values: Iterable[_Value]) -> tuple[_Value, ...]:
+    """Return an argument's values as a tuple. Raises TypeError if it has none.
+
+    An iterator gives its values only once: checking them and then using it would use none.
+    """
+    try:
+        return tuple(values)
+    except TypeError:
+        raise TypeError(f"{name} is {values!r}; it must be a sequence such as a list or a tuple") from None
 
 
 def is_unix_socket(address: str) -> bool:

@@ -53,8 +53,9 @@ def test_a_batcher_serves_on_an_abstract_unix_socket() -> None:
     address = f"unix-abstract:grpc_batcher-{os.getpid()}"
     with serving(host=address), MukoeBatcherClient(address) as client:
         assert client.send_request(b"x") == answer(b"x")
-        with pytest.raises(BindError, match=address), serving(host=address):
-            pass
+        with pytest.raises(BindError, match=f"cannot listen on {address}: another server does") as caught:
+            create_batcher("repr", 1, 0.0, batch_process_fn=echo, host=address).start()
+        assert caught.value.errno == errno.EADDRINUSE
         assert client.send_request(b"y") == answer(b"y")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ def test_an_error_outside_the_callback_ends_the_server_for_all_to_see(caplog: py
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         eventually(lambda: not batcher.is_server_ready())
         assert error_of(client.send_request, b"later").code() is grpc.StatusCode.UNAVAILABLE
+    eventually(lambda: "has ended" in caplog.text)
     (record,) = [record for record in caplog.records if record.levelno == logging.CRITICAL]
     assert record.exc_info is not None
     assert "no memory left" in str(record.exc_info[1])
@@ -81,23 +84,50 @@ def test_serve_forever_raises_when_the_batch_thread_fails(tmp_path: Path) -> Non
 class RaisingHandler(logging.Handler):
     """A log handler with a fault of its own."""
 
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self._error = error
+
     def emit(self, record: logging.LogRecord) -> None:
-        raise OSError("the log's disk is full")
+        raise self._error
 
 
-def test_a_log_handler_that_raises_costs_the_batch_it_reports_and_not_the_server() -> None:
+@contextmanager
+def logging_raises(error: BaseException) -> Iterator[None]:
     logger = logging.getLogger("grpc_batcher")
-    handler = RaisingHandler()
+    handler = RaisingHandler(error)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
+
+@pytest.mark.usefixtures("failing_loop")
+@pytest.mark.parametrize("error", [OSError("the log's disk is full"), SystemExit("this handler exits on errors")])
+def test_a_log_handler_that_raises_does_not_keep_a_failed_server_from_ending(error: BaseException) -> None:
+    with serving(batch_size=1) as batcher, connect(batcher) as client, logging_raises(error):
+        assert error_of(client.send_request, b"hi").code() is grpc.StatusCode.UNAVAILABLE
+        eventually(lambda: not batcher.is_server_ready())
+
+
+def test_a_log_handler_that_raises_does_not_fail_a_start_that_succeeded() -> None:
+    with (
+        logging_raises(OSError("the log's disk is full")),
+        serving(host="0.0.0.0") as batcher,
+        connect(batcher) as client,
+    ):
+        assert client.send_request(b"hi") == ({"result": b"hi"}, 0)
+
+
+@pytest.mark.parametrize("error", [OSError("the log's disk is full"), SystemExit("this handler exits on errors")])
+def test_a_log_handler_that_raises_costs_the_batch_it_reports_and_not_the_server(error: BaseException) -> None:
     def fail_once(requests: list[bytes]) -> Any:
         if b"bad" in requests:
             raise ValueError("bad")
         return echo(requests)
 
     with serving(fail_once, batch_size=1) as batcher, connect(batcher) as client:
-        logger.addHandler(handler)
-        try:
+        with logging_raises(error):
             assert error_of(client.send_request, b"bad").code() is grpc.StatusCode.INTERNAL
-        finally:
-            logger.removeHandler(handler)
         assert client.send_request(b"good") == ({"result": b"good"}, 0)

@@ -24,7 +24,7 @@ INTERRUPTED_CLIENT = """
 
         def __init__(self, call):
             self._call = call
-            self.outstanding = 3  # to open a stream takes so many
+            self.outstanding = 3  # opening a stream takes three
             Counted.calls.append(self)
 
         def operate(self, operations, tag):
@@ -91,7 +91,7 @@ def test_an_exception_of_a_signal_handler_at_any_bytecode_of_an_exchange_leaks_n
     tmp_path: Path,
 ) -> None:
     (line,) = run_program(tmp_path, INTERRUPTED_CLIENT, environment={"GRPC_BATCHER_TRANSPORT": "direct"})
-    assert line.startswith("True "), line  # so many bytecodes were tried
+    assert line.startswith("True "), line  # the number of bytecodes tried
 
 
 SHUTDOWN_WHILE_COUNTING = """
@@ -145,3 +145,39 @@ def test_a_signal_handler_may_shut_down_while_the_main_thread_reads_the_metrics(
     lines = run_program(tmp_path, SHUTDOWN_WHILE_COUNTING.replace("WHAT", what))
     assert "UNAVAILABLE" in lines
     assert lines[-1] == "False {'UNAVAILABLE': 1}"
+
+
+RAISING_HANDLER = """
+    import os, signal, threading
+    from grpc_batcher import MukoeBatcherClient, create_batcher
+
+    in_callback, release = threading.Event(), threading.Event()
+
+    def held(requests):
+        in_callback.set()
+        release.wait()
+        return [({"result": data}, 0) for data in requests]
+
+    def interrupt(*_):
+        raise TypeError("of the user's own making")
+
+    def send_signal():
+        in_callback.wait()
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    signal.signal(signal.SIGUSR1, interrupt)
+    with create_batcher("repr", 1, 0.0, 0, batch_process_fn=held, host="127.0.0.1") as batcher:
+        with MukoeBatcherClient(f"127.0.0.1:{batcher.port}") as client:
+            threading.Thread(target=send_signal).start()
+            try:
+                client.send_request(b"hi")
+            except TypeError as error:
+                print(error)
+            release.set()
+            print(client.send_request(b"hi"), client.transport)
+"""
+
+
+def test_what_a_signal_handler_raises_in_a_request_is_not_taken_for_a_fault_of_grpcio(tmp_path: Path) -> None:
+    lines = run_program(tmp_path, RAISING_HANDLER, environment={"GRPC_BATCHER_TRANSPORT": "direct"})
+    assert lines == ["of the user's own making", "({'result': b'hi'}, 0) direct"]

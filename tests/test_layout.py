@@ -76,6 +76,14 @@ def test_imports_are_found() -> None:
     assert "grpc_batcher._server.service.Service" in set(imports_of(PACKAGE / "_server" / "session.py"))
 
 
+@pytest.mark.parametrize("file", ["direct_server.py", "direct_client.py", "public.py", "choice.py", "interface.py"])
+def test_grpcios_private_attributes_are_used_in_one_file(file: str) -> None:
+    tree = tree_of(PACKAGE / "_transport" / file)
+    private = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr.startswith("_")]
+    owners = {ast.unparse(node.value) for node in private if not node.attr.startswith("__")}
+    assert owners <= {"self", "grpc._cython"}
+
+
 def test_every_part_is_known() -> None:
     parts = {part_of(file) for file in files()}
     assert parts == set(FORBIDDEN) | {"__init__", "__main__", "_cli", "_version"}

@@ -168,3 +168,13 @@ def test_a_request_whose_caller_leaves_is_counted_once(service: Service) -> None
     session.deliver(ticket)
     assert stream.replies == []
     assert counts(service) == {"CANCELLED": 1}
+
+
+def test_a_request_that_arrives_after_its_stream_ended_is_counted_once_and_not_taken_in(service: Service) -> None:
+    session = Session(service, NO_DEADLINE)
+    session.close()
+    with pytest.raises(StreamEnd) as caught:
+        session.accept(REQUEST)
+    assert caught.value.code is grpc.StatusCode.CANCELLED
+    assert taken_in(caught.value) == "0"
+    assert counts(service) == {"CANCELLED": 1}

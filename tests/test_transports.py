@@ -229,9 +229,9 @@ def test_if_grpcios_classes_take_other_arguments_the_server_uses_the_public_tran
         (
             "public direct",
             """
-    from grpc_batcher._transport import direct_server
+    from grpc_batcher._transport import grpcio_private
     def changed(state, token, *, why): raise AssertionError
-    direct_server.possibly_finish_call = changed
+    grpcio_private._possibly_finish_call = changed
         """,
         ),
         # An operation takes other parameters.

@@ -10,10 +10,10 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 
-from .._cli.load import Job, Outcome, Window, run
-from .._cli.options import Failure, Security
-from .._cli.workers import Worker, WorkerError, obey, stop_all
 from .._client.client import MukoeBatcherClient
+from .load import Job, Outcome, Window, run
+from .options import Failure, Security
+from .workers import Worker, WorkerError, obey, stop_all
 
 # From the command to the first request: the command has to reach all processes.
 _LEAD_S = 0.1

@@ -200,7 +200,7 @@ def _serve_metrics(batcher: MukoeBatcher, host: str, port: int) -> str:
         from ..prometheus import BatcherCollector
     except ImportError:
         raise Failure('--metrics-port needs prometheus-client: pip install "grpc-batcher[prometheus]"') from None
-    if port and port == batcher.port:
+    if port and port == batcher.port and not is_unix_socket(batcher.address):
         raise Failure(f"--metrics-port and --port are both {port}; they must differ")
     try:
         server, _thread = start_http_server(port, host)

@@ -11,7 +11,14 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from .._contract import DEFAULT_MAX_MESSAGE_BYTES, MAX_DURATION_S, MAX_MESSAGE_BYTES, TAKEN_IN_KEY, metadata_fault
+from .._contract import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    MAX_DURATION_S,
+    MAX_MESSAGE_BYTES,
+    TAKEN_IN_KEY,
+    as_tuple,
+    metadata_fault,
+)
 from .._errors import RequestError
 from .._models import read_answer, write_request
 from .connection import Connection
@@ -50,8 +57,8 @@ class MukoeBatcherClient:
         interceptors: Iterable[grpc.StreamStreamClientInterceptor] = (),
         metadata: Iterable[tuple[str, str | bytes]] = (),
     ) -> None:
-        # Once: an iterator would be empty, and its checks skipped, the second time.
-        options, interceptors, metadata = tuple(options), tuple(interceptors), tuple(metadata)
+        options, metadata = as_tuple("options", options), as_tuple("metadata", metadata)
+        interceptors = as_tuple("interceptors", interceptors)
         if not isinstance(server_address, str) or not server_address:
             raise ValueError(f"server_address is {server_address!r}; it must be a text such as 'host:50051'")
         if not isinstance(max_message_bytes, int) or not 1 <= max_message_bytes <= MAX_MESSAGE_BYTES:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -55,7 +56,7 @@ class Loan:
         self.timed_out = False
         self.requests = 0
         self.renewal_ns = _NEVER  # when it is too old for another request
-        self.due_ns = _NEVER  # when the request times out; for an idle stream, when it is to be closed
+        self.due_ns = _NEVER  # when the request times out; for an idle stream, when to close it
 
 
 class StreamPool:
@@ -74,6 +75,7 @@ class StreamPool:
         self._idle: list[Loan] = []  # the most recently used last, and first to be lent
         self._lent: set[Loan] = set()
         self._closed = False
+        self._is_exiting = False
         self._timekeeper: threading.Thread | None = None
         self._timekeeper_wakes_ns = _NEVER
 
@@ -160,7 +162,12 @@ class StreamPool:
             link.channel.close()
 
     def close_at_exit(self) -> None:
-        """Close the connection unless a request is in flight: its daemon thread would only die with a traceback."""
+        """Close the connection, unless a request is in flight: it may still be answered.
+
+        Only daemon threads are left now. The next request of one waits for the end of the process, as the thread itself
+        would soon do; an error would only be printed over the program's last words.
+        """
+        self._is_exiting = True
         if not self._lent:
             self.close()
 
@@ -178,6 +185,9 @@ class StreamPool:
         return self._closed
 
     def _check_open(self) -> None:
+        if self._is_exiting and threading.current_thread() is not threading.main_thread():
+            while True:
+                self._changed.wait()
         if self._closed:
             raise RuntimeError("the client is closed")
 
@@ -194,12 +204,14 @@ class StreamPool:
         return loan
 
     def _drop(self, loan: Loan) -> None:
-        loan.stream.close()
-        with self._changed:
-            loan.link.streams -= 1
-            last = loan.link.streams == 0 and not loan.link.is_current
-        if last:
-            loan.link.channel.close()
+        try:
+            loan.stream.close()
+        finally:
+            with self._changed:
+                loan.link.streams -= 1
+                is_last = loan.link.streams == 0 and not loan.link.is_current
+            if is_last:
+                loan.link.channel.close()
 
     # ---- time limits ----
 
@@ -248,8 +260,14 @@ _open_pools: weakref.WeakSet[StreamPool] = weakref.WeakSet()
 
 
 def _close_all() -> None:
-    for pool in tuple(_open_pools):
-        pool.close_at_exit()
+    for pool in _snapshot():
+        _process.call_at_exit(pool.close_at_exit)
+
+
+def _snapshot() -> tuple[StreamPool, ...]:
+    while True:
+        with suppress(RuntimeError):  # a daemon thread made another client meanwhile
+            return tuple(_open_pools)
 
 
 _process.close_clients_at_exit(_close_all)

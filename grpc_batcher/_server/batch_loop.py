@@ -64,7 +64,7 @@ class BatchLoop:
         begin_ns = time.monotonic_ns() if timed else 0
         try:
             outcomes = outcomes_of(self._callback, [ticket.request for ticket in tickets])
-        except Exception as error:  # from a log handler, for instance: it costs this batch and not the server
+        except BaseException as error:  # from a log handler, for instance: it costs this batch and not the server
             outcomes = [Failure(f"the batcher failed: {type(error).__name__}")] * len(tickets)
         if timed:
             self._recorder.callback_timed(time.monotonic_ns() - begin_ns)

@@ -116,8 +116,7 @@ class MukoeBatcher:
 
         May be called again, and from any thread: every call returns when the first is done, or when its own grace
         period ends. Called from the callback, it returns at once and the shutdown goes on in the background. In a
-        forked child
-        it does nothing: the batcher is the parent's.
+        forked child it does nothing: the batcher is the parent's.
         """
         check_duration("grace_s", grace_s)
         self._life.shut_down(grace_s)

@@ -18,7 +18,7 @@ class Failure(NamedTuple):
 
 
 def outcomes_of(callback: Callable[[list[Any]], Any], requests: list[Any]) -> list[Answer | Failure]:
-    """Call the callback, and return one outcome per request, in order. Never raises.
+    """Call the callback, and return one outcome per request, in order. Raises only what log handlers raise.
 
     The callback owns the list: it may pad it, or consume it.
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from .._contract import DEFAULT_MAX_MESSAGE_BYTES, MAX_MESSAGE_BYTES, check_duration
+from .._contract import DEFAULT_MAX_MESSAGE_BYTES, MAX_MESSAGE_BYTES, as_tuple, check_duration
 from .._models import MODELS
 from .batcher import MukoeBatcher
 from .standard_services import StandardServices
@@ -53,7 +53,7 @@ def create_batcher(
     max_queue_size: the most requests that may wait; the next one gets RESOURCE_EXHAUSTED. At least batch_size; None
         stands for the larger of 8,192 and twice batch_size.
     max_queue_bytes: the most bytes that waiting requests may hold together; a request that would exceed it gets
-        RESOURCE_EXHAUSTED. The default is 1 GiB.
+        RESOURCE_EXHAUSTED. The default is 1 GiB; leave room for a batch, or none is ever full.
     max_streams: the most callers' streams open at once; the next one gets RESOURCE_EXHAUSTED.
     leave_early: whether a batch leaves before its time once no known caller could still join it (`everyone_in`). False
         makes every batch that is not full wait out `batch_timeout_s`.
@@ -95,7 +95,7 @@ def create_batcher(
         )
     if credentials is not None and not isinstance(credentials, grpc.ServerCredentials):
         raise TypeError(f"credentials is {credentials!r}; it must be a grpc.ServerCredentials, or None")
-    interceptors = tuple(interceptors)  # once: an iterator would be empty, and its checks skipped, the second time
+    interceptors = as_tuple("interceptors", interceptors)
     for interceptor in interceptors:
         if not isinstance(interceptor, grpc.ServerInterceptor):
             raise TypeError(f"interceptors contains {interceptor!r}, which is not a grpc.ServerInterceptor")

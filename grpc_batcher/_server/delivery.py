@@ -34,19 +34,20 @@ class Delivery:
             _deliver(ticket)
 
     def close(self, timeout_s: float) -> None:
-        """Wait until all is delivered, for `timeout_s` seconds at most. To be called after the last `deliver`."""
+        """Wait until all is delivered, for `timeout_s` seconds at most. Call this after the last `deliver`."""
         if self._thread is not None:
             self._left_over.put(None)
             self._thread.join(timeout_s)
 
     def _hand_over(self, tickets: list[_core.Ticket]) -> bool:
         """Give tickets to the second thread; False if it cannot be started."""
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():
             thread = threading.Thread(target=self._run, name="grpc_batcher-replies", daemon=True)
             try:
                 thread.start()
             except RuntimeError as error:
-                _logger.error("no thread to send replies while the callback runs: %s", error)
+                with suppress(Exception):
+                    _logger.error("no thread to send replies while the callback runs: %s", error)
                 return False
             self._thread = thread
         self._left_over.put(tickets)
@@ -63,6 +64,6 @@ def _deliver(ticket: _core.Ticket) -> None:
     """Deliver a ticket. A reply that cannot be sent must not keep the others from being sent."""
     try:
         ticket.owner.deliver(ticket)
-    except Exception:
-        with suppress(Exception):  # a log handler may raise, too
+    except BaseException:
+        with suppress(BaseException):  # a log handler may raise, too
             _logger.exception("a reply could not be sent")

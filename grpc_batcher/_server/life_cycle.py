@@ -118,7 +118,7 @@ class LifeCycle:
                 server.stop(None).wait()
                 raise
             self._server = server
-            signals_and_exit.shut_down_at_exit(self)
+            signals_and_exit.add_running(self)
             self._started_in_pid = os.getpid()
             self._changed.notify_all()
             self._standard_services.say_serving(not self._shutdown_begun)
@@ -127,14 +127,15 @@ class LifeCycle:
                 raise RuntimeError("this batcher was shut down while it started")
         address = address_of(self._host, self.port)
         name = self._service.model.name
-        _logger.debug("serving %r on %s with the %s transport", name, address, choice.server_transport())
-        if self._credentials is None and not is_local(self._host):
-            _logger.warning(
-                "serving %r on %s in plaintext, to whoever can reach it; give create_batcher credentials=, or "
-                "host='127.0.0.1' to serve this machine only",
-                name,
-                address,
-            )
+        with suppress(Exception):  # a log handler that raises must not fail a start that succeeded
+            _logger.debug("serving %r on %s with the %s transport", name, address, choice.server_transport())
+            if self._credentials is None and not is_local(self._host):
+                _logger.warning(
+                    "serving %r on %s in plaintext, to whoever can reach it; give create_batcher credentials=, or "
+                    "host='127.0.0.1' to serve this machine only",
+                    name,
+                    address,
+                )
 
     def wait_until_ready(self, timeout_s: float | None) -> None:
         with self._changed:
@@ -174,7 +175,7 @@ class LifeCycle:
                 self._changed.notify_all()
 
     def _shut_down(self, grace_s: float) -> None:
-        signals_and_exit.no_longer_running(self)
+        signals_and_exit.remove_running(self)
         if self._server is None:
             return
         connection_grace_s = _STREAM_END_GRACE_S
@@ -218,10 +219,11 @@ class LifeCycle:
     def _fail(self, error: BaseException) -> None:
         """End the server: its batch thread, which calls this, is about to end."""
         self.failure = error
-        with suppress(Exception):  # a log handler that raises may be the reason
-            _logger.critical("the batch thread failed, and the server ends", exc_info=error)
-        with suppress(Exception):
+        # A log handler that raises may be the reason.
+        with suppress(BaseException):
             self._shut_down_once(grace_s=0)
+        with suppress(BaseException):
+            _logger.critical("the batch thread failed, and the server has ended", exc_info=error)
 
     def refuse_requests(self) -> None:
         """Accept nothing more, and say so. For the interpreter's exit, when locks may never be released."""
@@ -229,6 +231,6 @@ class LifeCycle:
         self._room.close()
         self._standard_services.say_serving(False)
 
-    def shut_down_at_exit(self, grace_s: float) -> None:
+    def finish_at_exit(self, grace_s: float) -> None:
         """Finish what `refuse_requests` began."""
         self._shut_down(grace_s)

@@ -85,7 +85,10 @@ def _is_served(host: str) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         try:
-            probe.connect(host.removeprefix("unix:"))
+            if host.startswith("unix-abstract:"):
+                probe.connect("\0" + host.removeprefix("unix-abstract:"))
+            else:
+                probe.connect(host.removeprefix("unix:"))
         except BlockingIOError:  # it has more callers than it can take
             return True
         except OSError:  # nobody, or a killed process left the socket behind, which gRPC replaces

@@ -59,18 +59,18 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
                 self._changed.notify_all()
 
     def end_streams(self) -> None:
-        """End every stream. To be called once the room is closed and abandoned."""
+        """End every stream. Call this once the room is closed and abandoned."""
         with self._changed:
             sessions = tuple(self._sessions)
         for session in sessions:
             session.shut_down()
 
     def wait_until_replied(self, timeout_s: float) -> bool:
-        """Wait until every reply and status has been sent. To be called once the room is closed."""
+        """Wait until every reply and status has been sent. Call this once the room is closed."""
         return self._wait_for(lambda: not any(session.has_unsent_reply for session in self._sessions), timeout_s)
 
     def wait_until_closed(self, timeout_s: float) -> bool:
-        """Wait until no stream is left. To be called after `end_streams`."""
+        """Wait until no stream is left. Call this after `end_streams`."""
         return self._wait_for(lambda: not self._sessions, timeout_s)
 
     def _wait_for(self, holds: Callable[[], bool], timeout_s: float) -> bool:

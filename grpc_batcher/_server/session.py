@@ -49,8 +49,10 @@ class Session:
         self._deadline_ns = _deadline_ns(context.time_remaining())
         # Makes "pushed" and "counted as taken in" one step, so that a shutdown on another thread sees both or neither.
         self._lock = threading.Lock()
-        self._taken_in = 0  # requests that were pushed; guarded by _lock
-        self._is_unanswered = False  # whether the last of them is still to be counted in the metrics; likewise
+        # These three are guarded by it.
+        self._is_closed = False
+        self._taken_in = 0  # requests that were pushed
+        self._is_unanswered = False  # whether the last of them is still to be counted in the metrics
 
     def accept(self, message: bytes) -> _core.Ticket:
         """Let a request in. Raises StreamEnd if it is refused."""
@@ -58,10 +60,11 @@ class Session:
         try:
             request = self._service.model.read_request(message)
             with self._lock:
-                ticket = self._source.push(request, self._deadline_ns, len(message))
-                self._taken_in += 1
-                self._is_unanswered = True
-            return ticket
+                if not self._is_closed:
+                    ticket = self._source.push(request, self._deadline_ns, len(message))
+                    self._taken_in += 1
+                    self._is_unanswered = True
+                    return ticket
         except BadRequestError as error:
             raise self._failed(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
         except _core.QueueFullError as error:
@@ -69,6 +72,7 @@ class Session:
             raise self._failed(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{error} ({limit})") from None
         except _core.RoomClosedError:
             raise self._failed(grpc.StatusCode.UNAVAILABLE, SHUTTING_DOWN) from None
+        raise self._failed(*_ENDS[_core.LEFT])
 
     def exchange(self, message: bytes) -> bytes:
         """Let a request in, wait for its answer and return the reply. Raises StreamEnd."""
@@ -114,6 +118,8 @@ class Session:
 
     def close(self) -> None:
         """The stream is over; drop its request if one waits. May be called again."""
+        with self._lock:
+            self._is_closed = True
         self._source.close()
         self.stream = None  # it refers back to this session
         self.has_unsent_reply = False

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .. import _process
@@ -59,12 +60,12 @@ def serve_until_signal(life: LifeCycle, grace_s: float) -> None:
 _running: weakref.WeakSet[LifeCycle] = weakref.WeakSet()
 
 
-def shut_down_at_exit(life: LifeCycle) -> None:
-    """Shut a server down when the interpreter exits, unless `no_longer_running` is called first."""
+def add_running(life: LifeCycle) -> None:
+    """Have a server shut down when the interpreter exits, unless `remove_running` is called first."""
     _running.add(life)
 
 
-def no_longer_running(life: LifeCycle) -> None:
+def remove_running(life: LifeCycle) -> None:
     """The server is shutting down already."""
     _running.discard(life)
 
@@ -74,12 +75,9 @@ def _shut_down_all() -> None:
     lives = tuple(_running)
     end_s = time.monotonic() + _EXIT_GRACE_S
     for life in lives:
-        life.refuse_requests()
+        _process.call_at_exit(life.refuse_requests)
     for life in lives:
-        try:
-            life.shut_down_at_exit(max(end_s - time.monotonic(), 0))
-        except Exception:
-            _logger.exception("a batcher did not shut down cleanly")
+        _process.call_at_exit(partial(life.finish_at_exit, max(end_s - time.monotonic(), 0)))
 
 
 _process.close_servers_at_exit(_shut_down_all)

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from typing import Any
 
 _logger = logging.getLogger("grpc_batcher")
@@ -41,7 +42,8 @@ class DaemonThreadPool(Executor):
         except RuntimeError as error:
             # gRPC's polling thread is the caller, and must survive this. The next thread that becomes free takes the
             # work.
-            _logger.error("no thread for a new stream, which waits until another stream ends: %s", error)
+            with suppress(Exception):
+                _logger.error("no thread for a new stream, which waits until another stream ends: %s", error)
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

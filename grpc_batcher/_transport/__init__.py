@@ -1,1 +1,1 @@
-"""How bytes move between gRPC and either end of a stream. `interface` is the way in."""
+"""How bytes move between gRPC and either end of a stream. `choice` is the way in, `interface` what it gives."""

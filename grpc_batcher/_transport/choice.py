@@ -79,6 +79,8 @@ def open_stream(channel: grpc.Channel, method: str, metadata: Metadata) -> Clien
         try:
             return DirectClientStream(channel, method, metadata, _client.give_up_direct)
         except (AttributeError, TypeError) as error:
+            if not grpcio_private.is_mismatch(error):
+                raise
             _client.give_up_direct(error)
     return public.PublicClientStream(channel, method, metadata)
 
@@ -128,5 +130,5 @@ if grpcio_private.is_newer_than_tested() and "direct" in (_server.transport, _cl
     _logger.debug(
         "grpcio %s is newer than any that was tested (%s); the direct transport is used all the same",
         grpc.__version__,
-        ".".join(map(str, grpcio_private.NEWEST_TESTED_GRPCIO)),
+        ".".join(map(str, _process.NEWEST_TESTED_GRPCIO)),
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from .grpcio_private import NO_FLAGS, cygrpc
+from .grpcio_private import NO_FLAGS, cygrpc, is_mismatch, open_call
 from .interface import Metadata
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -67,15 +67,7 @@ class DirectClientStream:
         # A True for each batch of operations whose event is outstanding. gRPC keeps the call until all events have
         # come. (Anything else in the list is done with: an event, or a False for a batch that gRPC did not take.)
         self._due: list[Any] = [True] * len(opening)
-        self._call = channel._channel.segregated_call(
-            cygrpc.PropagationConstants.GRPC_PROPAGATE_DEFAULTS,
-            method.encode(),
-            None,
-            None,
-            None,
-            None,
-            opening,
-        )
+        self._call = open_call(channel, method, opening)
 
     def exchange(self, message: bytes) -> bytes | None:
         """Send a request and return its reply, or None if the server ended the stream with OK instead.
@@ -101,6 +93,8 @@ class DirectClientStream:
                 self._status.trailing_metadata(),
             )
         except (AttributeError, TypeError) as error:
+            if not is_mismatch(error):
+                raise
             self._on_mismatch(error)
             end = CallEnd(grpc.StatusCode.UNAVAILABLE, f"grpcio is not as expected: {error}")
         if end.code() is grpc.StatusCode.OK:
@@ -115,6 +109,8 @@ class DirectClientStream:
                 if self._operate((), _PROBE):
                     self._next_event(_PROBE)
             except (AttributeError, TypeError) as error:
+                if not is_mismatch(error):
+                    raise
                 self._on_mismatch(error)
                 return False
             self._used_ns = time.monotonic_ns()
@@ -126,10 +122,15 @@ class DirectClientStream:
 
     def close(self) -> None:
         """Cancel the stream, and wait for its outstanding events: until then gRPC keeps the call."""
-        if self._outstanding():
-            self.cancel()
-        while self._outstanding():
-            self._next_event(None)
+        try:
+            if self._outstanding():
+                self.cancel()
+            while self._outstanding():
+                self._next_event(None)
+        except (AttributeError, TypeError) as error:
+            if not is_mismatch(error):
+                raise
+            self._on_mismatch(error)
 
     def _outstanding(self) -> int:
         return self._due.count(True)

@@ -20,15 +20,7 @@ from typing import Any
 import grpc
 
 from . import public
-from .grpcio_private import (
-    NO_FLAGS,
-    TOKEN,
-    UNFINISHED,
-    cygrpc,
-    get_initial_metadata_operation,
-    is_rpc_state_active,
-    possibly_finish_call,
-)
+from .grpcio_private import NO_FLAGS, UNFINISHED, ServerCall, cygrpc
 from .interface import ServerSession, StreamEnd
 
 _logger = logging.getLogger("grpc_batcher")
@@ -102,8 +94,7 @@ class DirectServerStream:
         self._session = session
         self._context = context
         self._end_call = end_call
-        self._call = context._rpc_event.call
-        self._state = context._state
+        self._call = ServerCall(context)
         self._has_ended = False
         session.stream = self
 
@@ -126,7 +117,7 @@ class DirectServerStream:
 
     def end(self, end: StreamEnd | None) -> None:
         """Send the stream's status, OK if None. Only the first call has an effect."""
-        with self._state.condition:
+        with self._call.condition:
             if self._has_ended:
                 return
             self._has_ended = True
@@ -140,20 +131,8 @@ class DirectServerStream:
         self.end(None)
 
     def _start(self, operations: Sequence[Any]) -> None:
-        """Start operations, the last of which receives. Does nothing on a call that is over."""
         try:
-            with self._state.condition:
-                if not is_rpc_state_active(self._state):
-                    return
-                with_metadata = self._state.initial_metadata_allowed and len(operations) > 1
-                if with_metadata:
-                    operations = (get_initial_metadata_operation(self._state, None), *operations)
-                error = self._call.start_server_batch(operations, self._on_event)
-                if error:
-                    raise RuntimeError(f"gRPC refused to start operations on a stream, with its error {error}")
-                if with_metadata:
-                    self._state.initial_metadata_allowed = False
-                self._state.due.add(TOKEN)
+            self._call.start(operations, self._on_event)
         except (AttributeError, TypeError) as error:
             self._on_mismatch(error)
             raise
@@ -163,12 +142,11 @@ class DirectServerStream:
         finished = UNFINISHED
         try:
             try:
-                with self._state.condition:
-                    finished = possibly_finish_call(self._state, TOKEN)
+                finished = self._call.finish()
                 message = event.batch_operations[-1].message()
             except (AttributeError, TypeError) as error:
                 self._on_mismatch(error)
-                self._state.due.discard(TOKEN)  # or a stopping server would wait for it
+                self._call.forget()
                 raise
             if message is None:  # half-closed or broken; gRPC sends no status on a broken stream
                 self.end(None)

@@ -27,18 +27,20 @@ from __future__ import annotations
 import importlib
 import inspect
 import operator
+import os
 import re
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
 
-# The newest release that all tests passed with. A newer one is used all the same, if it passes the checks below.
-NEWEST_TESTED_GRPCIO = (1, 85)
+from .._process import NEWEST_TESTED_GRPCIO
 
 NO_FLAGS = 0
 
 # grpcio identifies outstanding operations by such tokens. A stream never has more than one of ours.
-TOKEN = "grpc_batcher"
+_TOKEN = "grpc_batcher"
 
 # What a tag returns for a call that is not over: no state to forget, and nobody to tell.
 UNFINISHED: tuple[Any, Any] = (None, ())
@@ -56,9 +58,9 @@ def _find(module: str, name: str) -> Any:
 
 
 cygrpc = _find("grpc._cython", "cygrpc")
-get_initial_metadata_operation = _find("grpc._server", "_get_initial_metadata_operation")
-is_rpc_state_active = _find("grpc._server", "_is_rpc_state_active")
-possibly_finish_call = _find("grpc._server", "_possibly_finish_call")
+_get_initial_metadata_operation = _find("grpc._server", "_get_initial_metadata_operation")
+_is_rpc_state_active = _find("grpc._server", "_is_rpc_state_active")
+_possibly_finish_call = _find("grpc._server", "_possibly_finish_call")
 _Context = _find("grpc._server", "_Context")
 _PlainChannel = _find("grpc._channel", "Channel")
 _RPCState = _find("grpc._server", "_RPCState")
@@ -76,10 +78,10 @@ def missing_for_server() -> str | None:
         state = _RPCState()
         operator.attrgetter("condition", "due", "initial_metadata_allowed")(state)
         operator.attrgetter("_rpc_event", "_state", "add_callback")(_Context(None, state, None))
-        state.due.add(TOKEN)
-        finished = possibly_finish_call(state, TOKEN)
-        get_initial_metadata_operation(state, None)
-        active = is_rpc_state_active(state)
+        state.due.add(_TOKEN)
+        finished = _possibly_finish_call(state, _TOKEN)
+        _get_initial_metadata_operation(state, None)
+        active = _is_rpc_state_active(state)
         names = _stream_response_in_pool.__code__.co_names
     except (AttributeError, KeyError, TypeError) as error:
         return str(error)
@@ -120,7 +122,7 @@ def _check_arguments(name: str, *arguments: Any) -> None:
     try:
         signature.bind(*arguments)
     except TypeError as error:
-        raise TypeError(f"cygrpc.{name}{signature} is called otherwise: {error}") from None
+        raise TypeError(f"cygrpc.{name}{signature} takes other arguments: {error}") from None
 
 
 def wrapped_by(channel: grpc.Channel) -> str | None:
@@ -134,3 +136,69 @@ def is_newer_than_tested(version: str = grpc.__version__) -> bool:
     """Whether no test has seen this grpcio, nor any of its minor release."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
     return numbers is None or (int(numbers[1]), int(numbers[2])) > NEWEST_TESTED_GRPCIO
+
+
+def is_mismatch(error: Exception) -> bool:
+    """Whether an AttributeError or TypeError shows that grpcio differs from what the direct transport needs.
+
+    It was then raised in this package or in grpcio. A signal handler of the user's may raise such errors, too, in the
+    midst of a call.
+    """
+    innermost = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    file = "" if innermost is None else innermost.tb_frame.f_code.co_filename
+    ours, grpcios = os.path.dirname(__file__), os.path.dirname(grpc.__file__)
+    return os.path.dirname(file) == ours or file.startswith(grpcios) or "grpc/_cython/" in file
+
+
+class ServerCall:
+    """One call on the server, as grpcio keeps it."""
+
+    def __init__(self, context: grpc.ServicerContext) -> None:
+        self._call = context._rpc_event.call
+        self._state = context._state
+
+    @property
+    def condition(self) -> threading.Condition:
+        """Guards the call's state."""
+        return self._state.condition  # type: ignore[no-any-return]
+
+    def start(self, operations: Sequence[Any], tag: Callable[[Any], tuple[Any, Any]]) -> None:
+        """Start operations, the last of which receives a message. Does nothing on a call that is over.
+
+        tag: called with the event on the polling thread. It must call `finish` or `forget`, and return (state,
+            callbacks).
+        """
+        state = self._state
+        with state.condition:
+            if not _is_rpc_state_active(state):
+                return
+            with_metadata = state.initial_metadata_allowed and len(operations) > 1
+            if with_metadata:
+                operations = (_get_initial_metadata_operation(state, None), *operations)
+            error = self._call.start_server_batch(operations, tag)
+            if error:
+                raise RuntimeError(f"gRPC refused to start operations on a stream, with its error {error}")
+            if with_metadata:
+                state.initial_metadata_allowed = False
+            state.due.add(_TOKEN)
+
+    def finish(self) -> tuple[Any, Any]:
+        """The operations are done. Returns what the tag must return."""
+        with self._state.condition:
+            return _possibly_finish_call(self._state, _TOKEN)  # type: ignore[no-any-return]
+
+    def forget(self) -> None:
+        """The operations are done, and `finish` failed: a stopping server must not wait for them."""
+        self._state.due.discard(_TOKEN)
+
+
+def open_call(channel: grpc.Channel, method: str, operations: Sequence[tuple[Sequence[Any], Any]]) -> Any:
+    """Open a call with its own completion queue: a SegregatedCall.
+
+    operations: pairs of a batch of operations to start with, and the tag of its event.
+    """
+    return channel._channel.segregated_call(
+        cygrpc.PropagationConstants.GRPC_PROPAGATE_DEFAULTS, method.encode(), None, None, None, None, operations
+    )
