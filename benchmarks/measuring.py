@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from processes import Child, sleep_until
-
 from grpc_batcher._cli.load import Outcome, Window, percentile
+
+from processes import Child, sleep_until
 
 _OPENING_LIMIT_S = 30.0
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
+from grpc_batcher._cli.load import percentile
+
 from measuring import Sample
 from processes import Child
 from row import Bench, Cell, Row, shared
 from systems import DIRECT, PUBLIC, batcher
-
-from grpc_batcher._cli.load import percentile
 
 TITLE = "a callback of pure Python, about 1 ms: alone, and with 64 callers"
 

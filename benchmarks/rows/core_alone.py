@@ -6,12 +6,12 @@ import time
 from contextlib import ExitStack
 from functools import partial
 
+from grpc_batcher._cli.load import Window
+
 import core_process
 from measuring import Sample
 from processes import Child
 from row import Bench, Cell, Row
-
-from grpc_batcher._cli.load import Window
 
 TITLE = "the core without gRPC: from push to finish, and a full queue"
 

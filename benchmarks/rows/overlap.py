@@ -6,12 +6,12 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 
+from grpc_batcher._cli.load import percentile
+
 from measuring import Sample, open_streams
 from processes import Child
 from row import Bench, Cell, Row, shared
 from systems import DIRECT, PUBLIC, batcher
-
-from grpc_batcher._cli.load import percentile
 
 TITLE = "from a callback's end to the next one's start: 64 callers, 2 ms without the GIL"
 
