@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection as Pipe
 
+from grpc_batcher import info
 from grpc_batcher._cli.load import Job, Outcome, Send, Window, run
 from grpc_batcher._cli.workers import obey
 
 from answers import TAG_BYTES
 from callers import Connection, connect
+
+# gRPC closes a socket a moment after its channel. Until then, plain grpcio's next channel would share it.
+_CLOSING_S = 0.01
 
 
 class Callers:
@@ -38,6 +43,23 @@ class Callers:
         outcome = run(self._senders, self._jobs, window, most_requests=most_requests)
         return outcome, self.connection.transport()
 
+    def first_requests(self, window_s: float) -> list[int]:
+        """Make one connection after the other; return how long each took from its making to its first answer, in ns."""
+        self.close()
+        payload = bytes(64)
+        durations_ns = []
+        until_ns = time.monotonic_ns() + int(window_s * 1e9)
+        while (begin_ns := time.monotonic_ns()) < until_ns:
+            connection = connect(*self._server)
+            (send,) = connection.senders(1)
+            answer = send(payload)
+            durations_ns.append(time.monotonic_ns() - begin_ns)
+            if answer != connection.expected(payload):
+                raise RuntimeError(f"a wrong answer: {answer!r}")
+            connection.close()
+            time.sleep(_CLOSING_S)
+        return durations_ns
+
     def close(self) -> None:
         """Close the connection; the next `prepare` makes a new one."""
         self.connection.close()
@@ -48,7 +70,8 @@ def call(pipe: Pipe, kind: str, address: str) -> None:
     """The process."""
     callers = Callers(kind, address)
     pipe.send({"transport": callers.connection.transport()})
-    obey(pipe, {"prepare": callers.prepare, "run": callers.run, "close": callers.close})
+    commands = {name: getattr(callers, name) for name in ("prepare", "run", "first_requests", "close")}
+    obey(pipe, {**commands, "info": info})
 
 
 def _jobs(connection: Connection, callers: int, first: int, payload_bytes: int) -> Iterator[list[Job]]:

@@ -1,9 +1,11 @@
-"""How each kind of server is asked: by this library's client, by grpcio in two ways, and by HTTP."""
+"""How each kind of server is asked: by this library's client, by grpcio in two ways, and by HTTP in two ways."""
 
 from __future__ import annotations
 
 import http.client
 import queue
+import re
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +121,47 @@ def _http(address: str) -> Connection:
     return Connection(_kept(open_connection), answer_to, close)
 
 
+def _http_by_hand(address: str) -> Connection:
+    """HTTP over a bare socket, so that no client library costs anything. A connection per thread, kept."""
+    host, _, port = address.rpartition(":")
+    connections = []
+
+    def open_connection() -> Send:
+        connection = socket.create_connection((host, int(port)))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connections.append(connection)
+
+        def receive() -> bytes:
+            if received := connection.recv(65536):
+                return received
+            raise ConnectionError("the server closed the connection")
+
+        def send(payload: bytes) -> bytes:
+            head = f"POST /inference HTTP/1.1\r\nHost: {address}\r\nContent-Length: {len(payload)}\r\n\r\n".encode()
+            if connection.sendmsg((head, payload)) < len(head) + len(payload):
+                raise ConnectionError("the request was not sent as a whole")
+            answer = receive()
+            while b"\r\n\r\n" not in answer:
+                answer += receive()
+            head, _, body = answer.partition(b"\r\n\r\n")
+            if not head.startswith(b"HTTP/1.1 200 ") or not (length := _CONTENT_LENGTH.search(head)):
+                raise RuntimeError(f"not an answer of known length: {head[:200]!r}")
+            while len(body) < int(length[1]):
+                body += receive()
+            return body
+
+        return send
+
+    def close() -> None:
+        for connection in connections:
+            connection.close()
+
+    return Connection(_kept(open_connection), answer_to, close)
+
+
+_CONTENT_LENGTH = re.compile(rb"\r\nContent-Length: *(\d+)", re.IGNORECASE)
+
+
 def _kept(open_sender: Callable[[], Send]) -> Callable[[int], list[Send]]:
     senders: list[Send] = []
 
@@ -136,4 +179,5 @@ _KINDS = {
     "grpcio-streams": _grpcio_streams,
     "grpcio-calls": _grpcio_calls,
     "http": _http,
+    "http-by-hand": _http_by_hand,
 }

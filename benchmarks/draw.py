@@ -16,6 +16,7 @@ _SYSTEMS = {
     "grpcio-calls": ("plain grpcio, calls", "C3"),
     "cpp": ("C++ echo", "C7"),
     "mosec": ("mosec", "C4"),
+    "mosec-socket": ("mosec, bare socket", "C5"),
 }
 _PERCENTILES = ("p50_ms", "p90_ms", "p99_ms")
 _PERCENTILE_COLOURS = ("#9ecae1", "#4292c6", "#084594")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +18,11 @@ from typing import Any
 
 from grpc_batcher._cli.workers import Worker, WorkerError, obey
 
-_TRANSPORT = "GRPC_BATCHER_TRANSPORT"
+# What the package tunes in a process unless a variable is 0, by its name in `grpc_batcher.info()`.
+_SWITCHES = {"poller": "GRPC_BATCHER_TUNE_GRPC", "memory": "GRPC_BATCHER_TUNE_MALLOC"}
+
+# For processes that use plain grpcio and import the package only for its helpers.
+UNTUNED = dict.fromkeys(_SWITCHES.values(), "0")
 
 _PROGRAM_STOP_LIMIT_S = 5.0
 
@@ -26,16 +30,35 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Child(Worker):
-    """A worker that runs on one transport and whose standard error goes to a file, for the text of errors."""
+    """A worker whose standard error goes to a file, for the text of errors.
+
+    environment: the package's variables that it gets. It inherits no others of them, so without any it has the
+        package's defaults.
+    """
 
     def __init__(
-        self, name: str, function: Callable[..., None], *arguments: object, transport: str | None = None
+        self, name: str, function: Callable[..., None], *arguments: object, environment: Mapping[str, str] | None = None
     ) -> None:
         self._log = tempfile.NamedTemporaryFile()  # noqa: SIM115, it lives as long as the worker
-        os.environ.pop(_TRANSPORT, None)
-        if transport is not None:
-            os.environ[_TRANSPORT] = transport
+        self._environment = environment or {}
+        for variable in tuple(os.environ):
+            if variable.startswith("GRPC_BATCHER_"):
+                del os.environ[variable]
+        os.environ.update(self._environment)
         super().__init__(name, _logged, self._log.name, function, *arguments)
+
+    @cached_property
+    def info(self) -> dict[str, str] | None:
+        """Its `grpc_batcher.info()`, to be asked for after it was used; None for a program without the package."""
+        return self.ask("info")  # type: ignore[no-any-return]
+
+    def mistuned(self) -> list[str]:
+        """What is tuned although it should not be, or the other way round. Call it after the process was used."""
+        return [
+            f"{self.name}: {name}: {self.info[name]}"
+            for name, switch in _SWITCHES.items()
+            if self.info is not None and self.info[name].startswith("tuned") is (self._environment.get(switch) == "0")
+        ]
 
     @cached_property
     def _pids(self) -> list[int]:
@@ -85,7 +108,7 @@ def run_program(pipe: Connection, *command: str) -> None:
             return answer()
 
         pipe.send(answer())
-        obey(pipe, {"counts": counts})
+        obey(pipe, {"counts": counts, "info": lambda: None})
         stdin.close()
         try:
             program.wait(_PROGRAM_STOP_LIMIT_S)

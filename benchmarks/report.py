@@ -35,7 +35,16 @@ _LEFT = ("what", "unit", "also")
 
 Line = dict[str, str | float]
 
-_UNITS = {"requests_per_s": "req/s", "cpu_percent": "% of a core", "mean_ms": "ms", "p50_ms": "ms"}
+_UNITS = {
+    "requests_per_s": "req/s",
+    "cpu_percent": "% of a core",
+    "mean_ms": "ms",
+    "p50_ms": "ms",
+    "idle_mib": "MiB",
+}
+
+# Digits of medians below 100, where they are not 3.
+_DIGITS = {"times": 2, "MiB": 0}
 
 _VALUE_COLUMNS = {
     "p50 ms": "p50_ms",
@@ -48,6 +57,8 @@ _VALUE_COLUMNS = {
 # What the column "also" shows, if it was measured.
 _ALSO = {
     "stream_kib": "{:.1f} KiB per stream",
+    "before_mib": "{:.0f} MiB before the burst",
+    "burst_mib": "{:.0f} MiB after it",
     "silent_percent": "{:.0f} % of callers got no answer",
     "callback_cpu_ms": "{:.2f} ms of CPU",
     "push_to_taken_us": "push to taken {:.0f} us",
@@ -130,6 +141,7 @@ def write(folder: Path, stem: str, record: Mapping[str, Any], lines: Sequence[Li
 def record(
     machine: Mapping[str, Any],
     settings: Mapping[str, Any],
+    info: Mapping[str, Mapping[str, str]],
     results: Results,
     not_run: Mapping[str, str],
     problems: Sequence[str],
@@ -138,6 +150,7 @@ def record(
         "machine": machine,
         "machine_in_words": machines.in_words(dict(machine)),
         "settings": settings,
+        "info": info,
         "cells": {
             key: {
                 "row": measured.row,
@@ -219,5 +232,5 @@ def _show(column: str, line: Line) -> str:
     if isinstance(value, str):
         return value
     if column == "median" and value < 100:
-        return f"{value:.2f}" if line.get("unit") == "times" else f"{value:.3f}"
+        return f"{value:.{_DIGITS.get(str(line.get('unit')), 3)}f}"
     return COLUMNS[column].format(value)

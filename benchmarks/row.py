@@ -22,7 +22,7 @@ class Settings:
 
     rounds: how often each cell is measured; each round goes through all cells of a row once.
     warm_s, window_s: how long callers ask before their answers count, and how long they count.
-    idle_s: how long an idle server is watched.
+    idle_s: how long idle processes are watched.
     most_public_streams: the public transport is left out above this number; opening more takes it seconds.
     """
 
@@ -71,14 +71,18 @@ Started = tuple[Child, list[Child]]
 
 
 class Bench:
-    """What rows share: the settings, the processes of all systems, and what could not run.
+    """What rows share: the settings, the processes of all systems, what could not run, and how processes are tuned.
 
     not_run: the reason, by the system's title.
+    info: what `grpc_batcher.info()` returned in the processes, by their names.
+    mistuned: processes that this library tuned and should not have tuned, or the other way round.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.not_run: dict[str, str] = {}
+        self.info: dict[str, dict[str, str]] = {}
+        self.mistuned: list[str] = []
         self._all = ExitStack()
         self._all_started: dict[str, Started] | None = None
 
@@ -95,10 +99,19 @@ class Bench:
     def measure(self, server: Child, groups: Sequence[Group], *, payload_bytes: int = 64, **options: Any) -> Sample:
         """Measure for as long as the settings say. options: as `measuring.measure` has them."""
         times = {"warm_s": self.settings.warm_s, "window_s": self.settings.window_s}
-        return measure(server, groups, payload_bytes=payload_bytes, **{**times, **options})
+        sample = measure(server, groups, payload_bytes=payload_bytes, **{**times, **options})
+        self.check_tuning(server, *(group.child for group in groups if group.callers))
+        return sample
 
-    def start(self, stack: ExitStack, systems: Mapping[K, System]) -> dict[K, Started]:
-        """Start a server and two processes of callers for each system, until the stack is closed.
+    def check_tuning(self, *children: Child) -> None:
+        """Note how processes that were used are tuned: this library's own by default, and others not at all."""
+        for child in children:
+            if child.info is not None:
+                self.info[child.name] = child.info
+            self.mistuned += [problem for problem in child.mistuned() if problem not in self.mistuned]
+
+    def start(self, stack: ExitStack, systems: Mapping[K, System], processes: int = 2) -> dict[K, Started]:
+        """Start a server and some processes of callers for each system, until the stack is closed.
 
         Systems that cannot run here are left out and noted in `not_run`.
         """
@@ -114,7 +127,7 @@ class Bench:
             system = systems[name]
             with self._noting(system):
                 system.check_ready(server)
-                callers = [system.spawn_callers(server) for _ in range(2)]
+                callers = [system.spawn_callers(server) for _ in range(processes)]
                 children += callers
                 started[name] = server, callers
         for name, (_, callers) in tuple(started.items()):

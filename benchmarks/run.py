@@ -23,7 +23,7 @@ import report
 from measuring import Sample
 from report import Measured
 from row import Bench, Row, Settings
-from rows import callback, core_alone, few_callers, idle, overlap, streams, throughput
+from rows import actors, callback, core_alone, few_callers, first_request, idle, overlap, streams, throughput
 
 ROWS: dict[str, ModuleType] = {
     "throughput": throughput,
@@ -33,13 +33,15 @@ ROWS: dict[str, ModuleType] = {
     "callback": callback,
     "core_alone": core_alone,
     "overlap": overlap,
+    "actors": actors,
+    "first_request": first_request,
 }
 
 # The order in which they are measured: the first two share their processes.
-ORDER = ("throughput", "idle", "few_callers", "streams", "callback", "core_alone", "overlap")
+ORDER = ("throughput", "idle", *(name for name in ROWS if name not in ("throughput", "idle")))
 
-FULL = Settings(rounds=5, warm_s=0.3, window_s=1.0, idle_s=10, most_public_streams=1024)
-QUICK = Settings(rounds=1, warm_s=0.2, window_s=0.3, idle_s=2, most_public_streams=128)
+FULL = Settings(rounds=4, warm_s=0.3, window_s=1.0, idle_s=60, most_public_streams=1024)
+QUICK = Settings(rounds=1, warm_s=0.2, window_s=0.3, idle_s=3, most_public_streams=128)
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -167,11 +169,11 @@ def main(arguments: Sequence[str]) -> int:
         bench.release()
     progress.clear()
     here["others_percent"] = round(watch.others_percent(), 1)
-    problems += problems_of(results)
+    problems += bench.mistuned + problems_of(results)
 
     titles = {name: module.TITLE for name, module in ROWS.items()}
     table = report.table(titles, results)
-    record = report.record(here, dataclasses.asdict(settings), results, bench.not_run, problems)
+    record = report.record(here, dataclasses.asdict(settings), bench.info, results, bench.not_run, problems)
     stem = "quick" if options.quick else "full"
     paths = report.write(options.output, stem, record, table)
     try:
@@ -179,7 +181,9 @@ def main(arguments: Sequence[str]) -> int:
     except draw.NotDrawn as error:
         bench.not_run["the picture"] = str(error)
 
-    print("Batches of 16 / 5 ms, answers of 1 KiB, callers in 2 processes. Requests of 64 B where no size is given.\n")
+    print(
+        "Batches of 16 / 5 ms, answers of 1 KiB. Unless stated otherwise: requests of 64 B, callers in 2 processes.\n"
+    )
     print(report.as_text(table))
     rounds = "one round" if settings.rounds == 1 else f"the medians of {settings.rounds} rounds"
     print(f"\nThese are {rounds}; the spread is the largest minus the smallest. It took {progress.passed_s:.0f} s.")

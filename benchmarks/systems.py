@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from grpc_batcher._proto.mukoe_batcher_pb2 import KeyValue, ModelResponse, Mukoe
 import cpp_echo
 from answers import FILLER, KEY, TAG_BYTES
 from call import call
-from processes import Child, run_program
+from processes import UNTUNED, Child, run_program
 from servers import batcher as batcher_server
 from servers import grpcio_echo as grpcio_server
 
@@ -33,22 +33,30 @@ class System:
     title: its name in the table; README.md says more.
     server: returns the function and the arguments of the server's process. Raises Unavailable.
     caller: one of the kinds that callers.connect knows.
-    transport: the transport of this library that both ends use; None where there is no choice.
+    transport: this library's transport, for its own servers and for its client; None for systems without either, whose
+        processes must not be tuned by this library.
+    environment: more variables of this library, for both ends.
     """
 
     title: str
     server: Callable[[], tuple[Any, ...]]
     caller: str
     transport: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def spawn_server(self) -> Child:
         """Start a server, without waiting until it is ready. Raises Unavailable."""
-        return Child(f"the server of {self.title!r}", *self.server(), transport=self.transport)
+        return Child(f"the server of {self.title!r}", *self.server(), environment=self._environment())
 
     def spawn_callers(self, server: Child) -> Child:
         """Start a process of callers, without waiting until it is ready."""
         address = f"127.0.0.1:{server.ready['port']}"
-        return Child(f"callers of {self.title!r}", call, self.caller, address, transport=self.transport)
+        return Child(f"callers of {self.title!r}", call, self.caller, address, environment=self._environment())
+
+    def _environment(self) -> Mapping[str, str]:
+        if self.transport is None:
+            return UNTUNED
+        return {"GRPC_BATCHER_TRANSPORT": self.transport, **self.environment}
 
     def check_ready(self, child: Child) -> None:
         """Wait until a process is ready. Raises Unavailable if it does not use the intended transport."""
@@ -59,10 +67,17 @@ class System:
             )
 
 
-def batcher(transport: str, callback: str = "answer", caller: str = "batcher", *, leave_early: bool = True) -> System:
+def batcher(
+    transport: str,
+    callback: str = "answer",
+    caller: str = "batcher",
+    *,
+    batch_size: int = BATCH_SIZE,
+    leave_early: bool = True,
+) -> System:
     return System(
         f"{transport} transport",
-        lambda: (batcher_server.run, BATCH_SIZE, BATCH_TIMEOUT_S, callback, leave_early),
+        lambda: (batcher_server.run, batch_size, BATCH_TIMEOUT_S, callback, leave_early),
         caller,
         transport,
     )
@@ -96,6 +111,7 @@ STREAMS = "grpcio-streams"
 CALLS = "grpcio-calls"
 CPP = "cpp"
 MOSEC = "mosec"
+MOSEC_SOCKET = "mosec-socket"
 
 SYSTEMS = {
     DIRECT: batcher("direct"),
@@ -104,4 +120,5 @@ SYSTEMS = {
     CALLS: grpcio_echo("plain grpcio, a call per request", "grpcio-calls", 32),
     CPP: System("C++ echo", _cpp_echo, "batcher", "direct"),
     MOSEC: System("mosec", _mosec, "http"),
+    MOSEC_SOCKET: System("mosec, bare socket", _mosec, "http-by-hand"),
 }

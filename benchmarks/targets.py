@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rows import actors
+from rows.first_request import UNBATCHED
 from rows.streams import EACH
 from rows.throughput import SIZES
-from systems import CALLS, CPP, DIRECT, MOSEC, PUBLIC, STREAMS
+from systems import CALLS, CPP, DIRECT, MOSEC, MOSEC_SOCKET, PUBLIC, STREAMS
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Target:
     @property
     def text(self) -> str:
         if self.at_least is not None:
-            return f">= {self.at_least:g}"
-        return "" if self.below is None else f"< {self.below:g}"
+            return f">= {self.at_least:.3g}"
+        return "" if self.below is None else f"< {self.below:.3g}"
 
     def is_met(self, value: float) -> bool | None:
         if self.at_least is not None:
@@ -47,10 +49,11 @@ class Target:
 # Throughput with 16 callers: how many times that of each other system the direct transport should reach.
 _THROUGHPUT: dict[str, tuple[str, dict[int, float]]] = {
     PUBLIC: ("the public transport", {64: 2.2}),
-    STREAMS: ("plain grpcio, persistent streams", {64: 2.0, 110_592: 1.7, 884_736: 1.1}),
+    STREAMS: ("plain grpcio, persistent streams", {64: 2.3, 110_592: 1.9, 884_736: 1.3}),
     CALLS: ("plain grpcio, a call per request", {64: 10}),
-    CPP: ("C++ echo", {64: 0.65, 110_592: 0.8, 884_736: 0.8}),
-    MOSEC: ("mosec", {64: 2.5}),
+    CPP: ("C++ echo", {64: 0.8, 110_592: 0.8, 884_736: 0.8}),
+    MOSEC: ("mosec", {64: 2.2}),
+    MOSEC_SOCKET: ("mosec, bare socket", {64: 0.8}),
 }
 
 TARGETS = [
@@ -71,6 +74,16 @@ TARGETS = [
         Of(f"few/1/answer/{DIRECT}"),
         Of(f"few/window/{DIRECT}"),
         at_least=15,
+    ),
+    *(
+        Target(
+            "few_callers",
+            f"{who}: direct transport / plain grpcio, persistent streams",
+            Of(f"few/{count}/answer/{DIRECT}"),
+            Of(f"few/{count}/answer/{STREAMS}"),
+            at_least=at_least,
+        )
+        for count, who, at_least in ((1, "a lone caller", 1.45), (8, "eight callers", None))
     ),
     *(
         Target(
@@ -104,14 +117,14 @@ TARGETS = [
         "idle",
         "64 B: server CPU per request, in us",
         Of(f"throughput/64/{DIRECT}", "server_cpu_us"),
-        below=40,
+        below=30,
     ),
     Target(
         "idle",
         "64 B: server CPU per request, direct transport / plain grpcio, persistent streams",
         Of(f"throughput/64/{DIRECT}", "server_cpu_us"),
         Of(f"throughput/64/{STREAMS}", "server_cpu_us"),
-        below=0.44,  # 40 us where the other takes 90
+        below=1 / 3,  # 30 us where the other takes 90
     ),
     Target(
         "idle", "CPU of the idle server, direct transport, in % of a core", Of(f"idle/{DIRECT}", "cpu_percent"), below=1
@@ -136,9 +149,35 @@ TARGETS = [
         for threads in (1, 4, 16, 64)
     ),
     Target(
+        "core_alone",
+        "a full queue: leaving from the middle / the oldest leaves",
+        Of("core/full/middle"),
+        Of("core/full/front"),
+        at_least=0.5,
+    ),
+    Target(
         "overlap",
         "the median gap: direct transport / public transport",
         Of(f"overlap/{DIRECT}", "p50_ms"),
         Of(f"overlap/{PUBLIC}", "p50_ms"),
+    ),
+    *(
+        Target(
+            "actors",
+            f"{size:,} B, 16 processes: direct transport / plain grpcio, persistent streams",
+            Of(f"actors/{size}/{DIRECT}"),
+            Of(f"actors/{size}/{STREAMS}"),
+            at_least=2.0 if size == 110_592 else None,
+        )
+        for size in actors.SIZES
+    ),
+    *(
+        Target(
+            "first_request",
+            f"first request: {title} / plain grpcio, persistent streams",
+            Of(f"first/{name}", "p50_ms"),
+            Of(f"first/{STREAMS}", "p50_ms"),
+        )
+        for name, title in ((DIRECT, "direct transport"), (UNBATCHED, "direct transport, batches of one"))
     ),
 ]

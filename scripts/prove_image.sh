@@ -43,7 +43,7 @@ trap 'exit 143' TERM
 says() { printf '\n== %s\n' "$*"; }
 
 fail() {
-  echo "NOT SO: $*" >&2
+  echo "FAILED: $*" >&2
   server_log >&2 || true
   exit 1
 }
@@ -54,7 +54,7 @@ wait_for() {
     if "$@" >/dev/null 2>&1; then return; fi
     sleep 0.5
   done
-  fail "after $tries tries still not: $*"
+  fail "gave up after $tries tries: $*"
 }
 
 candidates=(docker podman buildah)

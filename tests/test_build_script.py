@@ -251,7 +251,7 @@ def test_the_program_that_loads_the_native_modules_fails_where_there_are_none(tm
     assert (done.returncode, done.stderr) == (1, f"there is no native module in {tmp_path}\n")
 
 
-def test_teardown_fails_where_the_engine_can_not_list_its_containers(engine: Engine) -> None:
+def test_teardown_fails_if_the_engine_cannot_list_its_containers(engine: Engine) -> None:
     engine.succeed("build_py_interactive")
     done = engine.run("teardown", FAIL="ps --all")
     assert done.returncode != 0

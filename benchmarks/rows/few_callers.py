@@ -8,7 +8,7 @@ from functools import partial
 from measuring import Sample
 from processes import Child
 from row import Bench, Cell, Row, shared
-from systems import DIRECT, PUBLIC, batcher
+from systems import DIRECT, PUBLIC, STREAMS, SYSTEMS, batcher
 
 TITLE = "few callers"
 
@@ -28,18 +28,19 @@ def open_row(bench: Bench, stack: ExitStack) -> Row:
         for _, _, callback, leave_early in _CASES.values()
         for transport in (DIRECT, PUBLIC)
     }
+    systems[STREAMS, "answer", True] = SYSTEMS[STREAMS]
     started = bench.start(stack, systems)
     return Row(
         [
             Cell(
-                f"few/{name}/{transport}",
+                f"few/{case}/{name}",
                 f"{title}: {systems[system].title}",
                 "requests_per_s",
                 partial(_measure_afresh, bench, *started[system], count),
             )
-            for name, (title, count, callback, leave_early) in _CASES.items()
-            for transport in (DIRECT, PUBLIC)
-            if (system := (transport, callback, leave_early)) in started
+            for case, (title, count, callback, leave_early) in _CASES.items()
+            for name in (DIRECT, PUBLIC, STREAMS)
+            if (system := (name, callback, leave_early)) in started
         ]
     )
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from grpc_batcher import create_batcher
+from grpc_batcher import create_batcher, info
 from grpc_batcher._cli.workers import obey
 
 from answers import FILLER, KEY, TAG_BYTES
@@ -124,4 +124,4 @@ def run(pipe: Connection, batch_size: int, batch_timeout_s: float, callback: str
             }
 
         pipe.send({"port": batcher.port, "transport": batcher.transport, "counts": True})
-        obey(pipe, {**commands, "counts": counts})
+        obey(pipe, {**commands, "counts": counts, "info": info})

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
+from grpc_batcher import info
 from grpc_batcher._cli.workers import obey
 
 import grpc
@@ -28,5 +29,5 @@ def run(pipe: Connection, threads: int) -> None:
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     pipe.send({"port": port})
-    obey(pipe, {})
+    obey(pipe, {"info": info})
     server.stop(None).wait()
