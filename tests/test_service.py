@@ -65,7 +65,7 @@ def service() -> Service:
 
 
 def counts(service: Service) -> dict[str, int]:
-    batches, batched = service.room.batches()
+    batches, batched, _batched_rows = service.room.batches()
     snapshot = service.recorder.snapshot(
         model="repr", batches=batches, batched_requests=batched, waiting=0, waiting_bytes=0, open_streams=0
     )
@@ -76,7 +76,9 @@ def taken_in(end: StreamEnd | None) -> str:
     """What a status tells the client."""
     assert end is not None
     told: dict[str, str] = {}
-    context = SimpleNamespace(set_trailing_metadata=told.update, set_code=lambda code: None, set_details=lambda text: None)
+    context = SimpleNamespace(
+        set_trailing_metadata=told.update, set_code=lambda code: None, set_details=lambda text: None
+    )
     end.set_on(context)
     return told["grpc-batcher-taken-in"]
 
