@@ -18,7 +18,7 @@ EXPIRED: Final[int]
 CLOSED: Final[int]
 
 class QueueFullError(Exception):
-    """The request was refused because `capacity` requests are waiting."""
+    """The request was refused because the waiting requests would have more than `capacity` rows with it."""
 
 class QueueBytesFullError(QueueFullError):
     """The request was refused because the waiting requests would have more than `capacity_bytes` bytes with it."""
@@ -50,6 +50,9 @@ class Ticket:
     def owner(self) -> Any:
         """The object that was passed to `open_stream`."""
     @property
+    def rows(self) -> int:
+        """The `rows` that the request was pushed with."""
+    @property
     def pushed_ns(self) -> int:
         """Monotonic time of the push, in nanoseconds."""
     @property
@@ -68,11 +71,13 @@ class Ticket:
 class Stream:
     """A caller's connection to the room, with one request at a time. Created by `WaitingRoom.open_stream`."""
 
-    def push(self, request: object, deadline_ns: int | None = None, size_bytes: int = 0) -> Ticket:
+    def push(self, request: object, deadline_ns: int | None = None, size_bytes: int = 0, rows: int = 1) -> Ticket:
         """Put a request into the queue and return its Ticket. Never blocks.
 
         deadline_ns: monotonic time from which the answer is useless; None for no deadline.
         size_bytes: what the request counts towards `capacity_bytes` while it waits; at least 0.
+        rows: what the request counts towards `batch_size`, and towards `capacity` while it waits; from 1 to
+            `batch_size`.
         """
     def close(self) -> None:
         """Close the stream. If it has a request that has not ended, that ends as LEFT. May be called again."""
@@ -81,9 +86,9 @@ class Stream:
 class WaitingRoom:
     """A bounded first-in, first-out queue whose requests leave in batches.
 
-    batch_size: most requests per batch, at least 1.
+    batch_size: most rows per batch, at least 1. A request has one row unless it is pushed with more.
     window_ns: nanoseconds that the oldest request may wait for others while the taker is free; 0 for none.
-    capacity: most requests that may wait, from 1 to 2**30.
+    capacity: most rows that may wait, from 1 to 2**30.
     capacity_bytes: most bytes that waiting requests may have in total, by the `size_bytes` they were pushed with; at
         least 1, or None for no limit.
     leave_early: whether a batch leaves as soon as everyone is in (see below).
@@ -102,13 +107,13 @@ class WaitingRoom:
     ) -> None: ...
     @property
     def batch_size(self) -> int:
-        """Most requests per batch."""
+        """Most rows per batch."""
     @property
     def window_ns(self) -> int:
         """How long the oldest request may wait for others, in nanoseconds."""
     @property
     def capacity(self) -> int:
-        """Most requests that may wait."""
+        """Most rows that may wait."""
     @property
     def capacity_bytes(self) -> int | None:
         """Most bytes that may wait; None for no limit."""
@@ -121,6 +126,9 @@ class WaitingRoom:
     @property
     def waiting(self) -> int:
         """Requests that are waiting now."""
+    @property
+    def waiting_rows(self) -> int:
+        """The `rows` of the requests that are waiting now, added up."""
     @property
     def waiting_bytes(self) -> int:
         """The `size_bytes` of the requests that are waiting now, added up."""
@@ -168,5 +176,5 @@ class WaitingRoom:
 
         Returns the number of those requests.
         """
-    def batches(self) -> tuple[dict[str, int], int]:
-        """Return (batches taken so far by reason, requests in all of them), both as of the same moment."""
+    def batches(self) -> tuple[dict[str, int], int, int]:
+        """Return (batches taken so far by reason, requests in them, rows in them), all as of the same moment."""

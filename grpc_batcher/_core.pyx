@@ -92,8 +92,8 @@ cdef struct stream_t:
     stream_t *older          # neighbours in that list
     stream_t *newer
 
-# Guarded by the room's mutex, except what never changes after `push`: `wrapper`, `pushed_ns`, `deadline_ns` and
-# `size_bytes`.
+# Guarded by the room's mutex, except what never changes after `push`: `wrapper`, `pushed_ns`, `deadline_ns`,
+# `size_bytes` and `rows`.
 cdef struct ticket_t:
     PyObject *wrapper        # the Ticket that contains this struct; borrowed
     stream_t *stream
@@ -103,6 +103,7 @@ cdef struct ticket_t:
     int64_t taken_ns
     int64_t deadline_ns      # NEVER if it has none
     int64_t size_bytes
+    int64_t rows
     pthread_cond_t settled   # broadcast when the ticket ends
     ticket_t *next           # links tickets that were removed from the ring and not yet handed out
 
@@ -141,7 +142,7 @@ cdef bint in_main_thread() except -1:
 
 
 class QueueFullError(Exception):
-    """The request was refused because `capacity` requests are waiting."""
+    """The request was refused because the waiting requests would have more than `capacity` rows with it."""
 
 
 class QueueBytesFullError(QueueFullError):
@@ -210,6 +211,11 @@ cdef class Ticket:
         return self._stream._owner
 
     @property
+    def rows(self):
+        """The `rows` that the request was pushed with."""
+        return self._c.rows
+
+    @property
     def pushed_ns(self):
         """Monotonic time of the push, in nanoseconds."""
         return self._c.pushed_ns
@@ -250,26 +256,32 @@ cdef class Stream:
     cdef WaitingRoom _room
     cdef object _owner
 
-    def push(self, request, deadline_ns=None, int64_t size_bytes=0):
+    def push(self, request, deadline_ns=None, int64_t size_bytes=0, int64_t rows=1):
         """Put a request into the queue and return its Ticket. Never blocks.
 
         deadline_ns: monotonic time from which the answer is useless; None for no deadline.
         size_bytes: what the request counts towards `capacity_bytes` while it waits; at least 0.
+        rows: what the request counts towards `batch_size`, and towards `capacity` while it waits; from 1 to
+            `batch_size`.
 
         If the stream is closed and the room is not, the ticket's state is LEFT at once.
 
-        Raises RoomClosedError if the room is closed, QueueFullError if `capacity` requests are waiting, its subclass
-        QueueBytesFullError if the request would exceed `capacity_bytes`, RuntimeError if the stream's last request
-        has not ended, and ValueError if `size_bytes` is negative.
+        Raises RoomClosedError if the room is closed, QueueFullError if the request would exceed `capacity`, its
+        subclass QueueBytesFullError if it would exceed `capacity_bytes`, RuntimeError if the stream's last request has
+        not ended, and ValueError if `size_bytes` or `rows` is out of range.
         """
+        cdef WaitingRoom room = room_of(self)
         if size_bytes < 0:
             raise ValueError(f"size_bytes is {size_bytes}; it must be at least 0")
+        if not 1 <= rows <= room.batch_size:
+            raise ValueError(f"rows is {rows}; it must be from 1 to {room.batch_size}")
         cdef Ticket ticket = Ticket.__new__(Ticket)
         ticket._stream = self
         ticket.request = request
         ticket._c.deadline_ns = NEVER if deadline_ns is None else deadline_ns
         ticket._c.size_bytes = size_bytes
-        room_of(self)._admit(self, ticket)
+        ticket._c.rows = rows
+        room._admit(self, ticket)
         return ticket
 
     def close(self):
@@ -281,9 +293,9 @@ cdef class Stream:
 cdef class WaitingRoom:
     """A bounded first-in, first-out queue whose requests leave in batches.
 
-    batch_size: most requests per batch, at least 1.
+    batch_size: most rows per batch, at least 1. A request has one row unless it is pushed with more.
     window_ns: nanoseconds that the oldest request may wait for others while the taker is free; 0 for none.
-    capacity: most requests that may wait, from 1 to 2**30.
+    capacity: most rows that may wait, from 1 to 2**30.
     capacity_bytes: most bytes that waiting requests may have in total, by the `size_bytes` they were pushed with; at
         least 1, or None for no limit.
     leave_early: whether a batch leaves as soon as everyone is in (see below).
@@ -294,7 +306,7 @@ cdef class WaitingRoom:
 
     **When a batch leaves.** A batch is due as soon as one of these holds; if several do, the first one is its reason:
 
-    full: `batch_size` requests are waiting.
+    full: `batch_size` rows or more are waiting.
     everyone_in: no more are expected. Every waiting request is from a stream that was answered before, and every open
         stream that was answered within the last second has a request waiting. (A stream's first request says nothing
         about what its caller will do.) With `leave_early=False` this reason does not exist.
@@ -302,16 +314,21 @@ cdef class WaitingRoom:
     drain: the room is closed.
 
     The oldest requests leave first. Requests past their deadline are removed before the reason is decided, so it is
-    true of the requests in the batch.
+    true of the requests that are left.
+
+    **Rows.** A batch takes the oldest requests as long as their rows fit into `batch_size`. A request is never split or
+    overtaken: the first that does not fit ends the batch, even if smaller ones behind it would fit. A full batch
+    therefore has either exactly `batch_size` rows, or too many for the next request. A batch that leaves for another
+    reason takes every request that is waiting.
 
     **How a request ends.** Each request that `push` accepts ends in exactly one way: FINISHED by `finish`, LEFT because
     its stream closed, EXPIRED at its deadline, or CLOSED by `abandon`. A batch contains it at most once and never after
     it has ended. An outcome for a ticket that has already ended is dropped. A deadline takes effect when somebody
     looks: a thread in the ticket's `wait`, or the taker when a batch is due. Until then the request counts as waiting.
 
-    **Limits.** Past `capacity` or `capacity_bytes`, `push` raises at once; it never waits for space. A request larger
-    than `capacity_bytes` is refused even by an empty room. Requests count while they wait; once a batch takes them they
-    no longer do.
+    **Limits.** Past `capacity` or `capacity_bytes`, `push` raises at once; it never waits for space. A request
+    with more rows than `capacity`, or larger than `capacity_bytes`, is refused even by an empty room. Requests count
+    while they wait; once a batch takes them they no longer do.
 
     **What blocks.** Only `take_batch` and `Ticket.wait`, both without holding the GIL:
 
@@ -340,6 +357,7 @@ cdef class WaitingRoom:
     cdef int64_t _pushed                   # next position to fill
     cdef int64_t _popped                   # oldest position that may hold a ticket
     cdef int64_t _waiting                  # tickets in the ring
+    cdef int64_t _waiting_rows             # their rows, added up
     cdef int64_t _waiting_bytes            # their size_bytes, added up
     cdef int64_t _first_timers             # tickets in the ring whose stream was never answered
     cdef int64_t _recent                   # open streams answered within the last second; 0 unless leave_early
@@ -348,6 +366,7 @@ cdef class WaitingRoom:
     cdef stream_t *_newest_answer
     cdef int64_t[4] _batches               # batches taken so far, by reason
     cdef int64_t _batched                  # requests in those batches
+    cdef int64_t _batched_rows             # rows of those requests
     cdef int64_t _takers                   # threads that sleep in take_batch
     cdef int64_t _taker_wakes_ns           # when the one that fell asleep last wakes by itself
     cdef int64_t _closed                   # 0 or 1
@@ -517,6 +536,11 @@ cdef class WaitingRoom:
         return self._read_count(&self._waiting)
 
     @property
+    def waiting_rows(self):
+        """The `rows` of the requests that are waiting now, added up."""
+        return self._read_count(&self._waiting_rows)
+
+    @property
     def waiting_bytes(self):
         """The `size_bytes` of the requests that are waiting now, added up."""
         return self._read_count(&self._waiting_bytes)
@@ -547,14 +571,15 @@ cdef class WaitingRoom:
         return len(self._streams)
 
     def batches(self):
-        """Return (batches taken so far by reason, requests in all of them), both as of the same moment."""
+        """Return (batches taken so far by reason, requests in them, rows in them), all as of the same moment."""
         cdef int64_t[4] batches
-        cdef int64_t batched
+        cdef int64_t requests, rows
         self._lock()
         batches = self._batches
-        batched = self._batched
+        requests = self._batched
+        rows = self._batched_rows
         self._unlock()
-        return dict(zip(REASONS, batches, strict=True)), batched
+        return dict(zip(REASONS, batches, strict=True)), requests, rows
 
     # ---- with the GIL, and with the mutex only between _lock and _unlock ----
 
@@ -575,12 +600,15 @@ cdef class WaitingRoom:
     cdef int _admit(self, Stream stream, Ticket ticket) except -1:
         """Put a new ticket into the ring, which then owns a reference to it, or raise why it was refused."""
         cdef bint closed, full, bytes_full, busy, left
-        cdef int64_t waiting_bytes
+        cdef int64_t waiting, waiting_rows, waiting_bytes
         self._lock()
         closed = self._closed
-        full = self._waiting >= self.capacity
+        waiting = self._waiting
+        waiting_rows = self._waiting_rows
         waiting_bytes = self._waiting_bytes
-        bytes_full = ticket._c.size_bytes > self._capacity_bytes - waiting_bytes  # this way round it cannot overflow
+        # This way round neither can overflow.
+        full = ticket._c.rows > self.capacity - waiting_rows
+        bytes_full = ticket._c.size_bytes > self._capacity_bytes - waiting_bytes
         busy = stream._c.unfinished != NULL
         left = not stream._c.is_open and not closed
         if left:
@@ -595,8 +623,14 @@ cdef class WaitingRoom:
             raise RoomClosedError("the room is closed")
         if left:
             return 0
+        if full and ticket._c.rows == 1:
+            counted = "requests" if waiting == waiting_rows else "rows"
+            raise QueueFullError(f"the queue is full: {waiting_rows} {counted} are waiting, the most allowed")
         if full:
-            raise QueueFullError(f"the queue is full: {self.capacity} requests are waiting, the most allowed")
+            raise QueueFullError(
+                f"the queue is full: {waiting_rows} rows are waiting, and this request's {ticket._c.rows} "
+                f"would exceed the limit of {self.capacity}"
+            )
         if bytes_full:
             raise QueueBytesFullError(
                 f"the queue is full: {waiting_bytes} bytes are waiting, and this request's {ticket._c.size_bytes} "
@@ -702,7 +736,7 @@ cdef class WaitingRoom:
 
     cdef void _push(self, stream_t *stream, ticket_t *ticket, int64_t now_ns) noexcept nogil:
         """Put a ticket into the ring, which takes over the caller's reference. Wake the taker if need be."""
-        invariant(self._waiting < self.capacity)
+        invariant(1 <= ticket.rows <= self.batch_size)
         if self._pushed - self._popped > self._mask:
             self._close_gaps()
         invariant(self._pushed - self._popped <= self._mask)
@@ -712,10 +746,12 @@ cdef class WaitingRoom:
         self._ring[self._pushed & self._mask] = ticket
         self._pushed += 1
         self._waiting += 1
+        self._waiting_rows += ticket.rows
         self._waiting_bytes += ticket.size_bytes
         self._first_timers += not stream.was_answered
         self._recent_waiting += stream.is_recent
         stream.unfinished = ticket
+        invariant(self._waiting <= self._waiting_rows <= self.capacity)
         invariant(0 <= ticket.size_bytes <= self._waiting_bytes <= self._capacity_bytes)
         self._wake_if_due_sooner(now_ns)
 
@@ -741,14 +777,16 @@ cdef class WaitingRoom:
         invariant(self._ring[slot] == ticket)
         self._ring[slot] = NULL
         self._waiting -= 1
+        self._waiting_rows -= ticket.rows
         self._waiting_bytes -= ticket.size_bytes
         self._first_timers -= not ticket.stream.was_answered
         self._recent_waiting -= ticket.stream.is_recent
         while self._popped < self._pushed and self._ring[self._popped & self._mask] == NULL:
             self._popped += 1
         invariant(0 <= self._waiting <= self._pushed - self._popped)
+        invariant(self._waiting <= self._waiting_rows <= self.capacity)
         invariant(0 <= self._waiting_bytes <= self._capacity_bytes)
-        invariant(self._waiting > 0 or self._waiting_bytes == 0)
+        invariant(self._waiting > 0 or self._waiting_rows == self._waiting_bytes == 0)
         invariant(0 <= self._first_timers <= self._waiting)
         invariant(0 <= self._recent_waiting <= self._recent)
 
@@ -785,7 +823,7 @@ cdef class WaitingRoom:
         The ring's references to all of them are then the caller's.
         """
         cdef Reason reason = self._reason(now_ns)
-        cdef int64_t count
+        cdef int64_t rows = 0
         cdef ticket_t *ticket
         if reason == NOT_DUE:
             return reason
@@ -796,37 +834,41 @@ cdef class WaitingRoom:
                 self._close_gaps()  # or the next look would go over them again
                 self._wake_if_due_sooner(now_ns)
                 return reason
-        count = min(self.batch_size, self._waiting)
         self._batches[<int>reason] += 1
-        self._batched += count
-        while count > 0:
+        while self._waiting > 0:
             ticket = self._ring[self._popped & self._mask]
+            if ticket.rows > self.batch_size - rows:
+                break
             invariant(now_ns < ticket.deadline_ns)
+            rows += ticket.rows
+            self._batched += 1
             self._remove(ticket)
             ticket.state = _TAKEN
             ticket.taken_ns = now_ns
             ticket.next = NULL
             batch[0] = ticket
             batch = &ticket.next
-            count -= 1
+        self._batched_rows += rows
+        invariant(0 < rows <= self.batch_size)
+        invariant((reason == FULL) == (rows == self.batch_size or self._waiting > 0))
         return reason
 
     cdef void _drop_expired(self, int64_t now_ns, ticket_t **expired) noexcept nogil:
-        """End the tickets past their deadline, from the oldest to where `batch_size` others have been seen.
+        """End the tickets past their deadline, from the oldest to where the others seen have `batch_size` rows.
 
-        That is far enough: with `batch_size` others the batch is full, and with fewer none has been missed. What this
-        visits is taken next, or has its gaps closed.
+        That is far enough: with `batch_size` rows the batch is full, and with fewer no ticket has been missed. What
+        this visits is taken next, except for the last if it does not fit, or has its gaps closed.
         """
         cdef int64_t position = self._popped
-        cdef int64_t others = 0
+        cdef int64_t rows = 0
         cdef ticket_t *ticket
-        while position < self._pushed and others < self.batch_size:
+        while position < self._pushed and rows < self.batch_size:
             ticket = self._ring[position & self._mask]
             position += 1
             if ticket == NULL:
                 continue
             if now_ns < ticket.deadline_ns:
-                others += 1
+                rows += ticket.rows
                 continue
             self._settle(ticket, _EXPIRED)
             pthread_cond_broadcast(&ticket.settled)
@@ -839,7 +881,7 @@ cdef class WaitingRoom:
         """Why a batch is due, counting tickets that have expired unnoticed as waiting."""
         if self._waiting == 0:
             return NOT_DUE
-        if self._waiting >= self.batch_size:
+        if self._waiting_rows >= self.batch_size:
             return FULL
         if self.leave_early:
             self._forget_old_answers(now_ns)

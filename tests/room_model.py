@@ -30,13 +30,14 @@ MAX_WINDOW_NS = (2**63 - 1) // 4
 
 
 class Ticket:
-    def __init__(self, stream: Stream, request: Any, deadline_ns: int | None, size_bytes: int) -> None:
+    def __init__(self, stream: Stream, request: Any, deadline_ns: int | None, size_bytes: int, rows: int) -> None:
         self.stream = stream
         self.request = request
         self.outcome: Any = None
         self.state = WAITING
         self.deadline_ns = deadline_ns
         self.size_bytes = size_bytes
+        self.rows = rows
         self.pushed_ns = 0
         self.taken_ns = 0
 
@@ -58,6 +59,10 @@ class Ticket:
         return self.state
 
 
+def rows_of(tickets: Sequence[Ticket]) -> int:
+    return sum(ticket.rows for ticket in tickets)
+
+
 class Stream:
     def __init__(self, room: WaitingRoom, owner: Any) -> None:
         self.room = room
@@ -65,11 +70,13 @@ class Stream:
         self.is_open = True
         self.answered_ns: int | None = None
 
-    def push(self, request: Any, deadline_ns: int | None = None, size_bytes: int = 0) -> Ticket:
+    def push(self, request: Any, deadline_ns: int | None = None, size_bytes: int = 0, rows: int = 1) -> Ticket:
         room = self.room
         if size_bytes < 0:
             raise ValueError(f"size_bytes is {size_bytes}; it must be at least 0")
-        ticket = Ticket(self, request, deadline_ns, size_bytes)
+        if not 1 <= rows <= room.batch_size:
+            raise ValueError(f"rows is {rows}; it must be from 1 to {room.batch_size}")
+        ticket = Ticket(self, request, deadline_ns, size_bytes, rows)
         if room.unfinished_of(self):
             raise RuntimeError("this stream's last request has not ended; a stream has one request at a time")
         if room.closed:
@@ -77,8 +84,14 @@ class Stream:
         if not self.is_open:
             ticket.state = LEFT
             return ticket
-        if room.waiting == room.capacity:
-            raise QueueFullError(f"the queue is full: {room.capacity} requests are waiting, the most allowed")
+        if room.waiting_rows + rows > room.capacity:
+            if rows > 1:
+                raise QueueFullError(
+                    f"the queue is full: {room.waiting_rows} rows are waiting, and this request's {rows} "
+                    f"would exceed the limit of {room.capacity}"
+                )
+            counted = "requests" if all(ticket.rows == 1 for ticket in room.queue()) else "rows"
+            raise QueueFullError(f"the queue is full: {room.capacity} {counted} are waiting, the most allowed")
         if room.capacity_bytes is not None and room.waiting_bytes + size_bytes > room.capacity_bytes:
             raise QueueBytesFullError(
                 f"the queue is full: {room.waiting_bytes} bytes are waiting, and this request's {size_bytes} "
@@ -138,10 +151,12 @@ class WaitingRoom:
         # A deadline takes effect when somebody looks: the taker here, a waiter in `wait`.
         batch: list[Ticket] = []
         for ticket in self.queue():
-            if len(batch) == self.batch_size:
+            if rows_of(batch) == self.batch_size:
                 break
             if ticket.is_past_deadline():
                 ticket.state = EXPIRED
+            elif rows_of([*batch, ticket]) > self.batch_size:
+                break
             else:
                 batch.append(ticket)
         reason = self.reason()
@@ -184,6 +199,10 @@ class WaitingRoom:
         return len(self.queue())
 
     @property
+    def waiting_rows(self) -> int:
+        return rows_of(self.queue())
+
+    @property
     def waiting_bytes(self) -> int:
         return sum(ticket.size_bytes for ticket in self.queue())
 
@@ -195,10 +214,11 @@ class WaitingRoom:
     def open_streams(self) -> int:
         return len([stream for stream in self.streams if stream.is_open])
 
-    def batches(self) -> tuple[dict[str, int], int]:
+    def batches(self) -> tuple[dict[str, int], int, int]:
         reasons = [reason for reason, _batch in self.taken_batches]
         counts = {reason: reasons.count(reason) for reason in REASONS}
-        return counts, sum(len(batch) for _reason, batch in self.taken_batches)
+        taken = [ticket for _reason, batch in self.taken_batches for ticket in batch]
+        return counts, len(taken), rows_of(taken)
 
     # ---- computed each time ----
 
@@ -213,7 +233,7 @@ class WaitingRoom:
         queue = self.queue()
         if not queue:
             return None
-        if len(queue) >= self.batch_size:
+        if rows_of(queue) >= self.batch_size:
             return "full"
         if self.leave_early and self.everyone_is_in(queue):
             return "everyone_in"

@@ -41,6 +41,11 @@ def push_new(room: Any, *requests: Any) -> list[Any]:
     return [room.open_stream().push(request) for request in requests]
 
 
+def push_rows(room: Any, *rows: int, **options: Any) -> list[Any]:
+    """Push a request for each number of rows, as the first of a new stream. The number is also the request itself."""
+    return [room.open_stream().push(number, rows=number, **options) for number in rows]
+
+
 def answer(room: Any, tickets: list[Any]) -> None:
     room.finish(tickets, [f"answer to {ticket.request}" for ticket in tickets])
 
@@ -81,8 +86,9 @@ def test_a_room_has_no_limit_of_bytes_and_leaves_early_unless_told_otherwise(ope
 
 def test_a_new_room_is_open_and_empty(open_room: OpenRoom) -> None:
     room = open_room()
-    assert (room.closed, room.waiting, room.waiting_bytes, room.pushed, room.open_streams) == (False, 0, 0, 0, 0)
-    assert room.batches() == ({"full": 0, "everyone_in": 0, "timeout": 0, "drain": 0}, 0)
+    assert (room.closed, room.pushed, room.open_streams) == (False, 0, 0)
+    assert (room.waiting, room.waiting_rows, room.waiting_bytes) == (0, 0, 0)
+    assert room.batches() == ({"full": 0, "everyone_in": 0, "timeout": 0, "drain": 0}, 0, 0)
     assert room.poll_batch() is None
 
 
@@ -462,6 +468,234 @@ def test_the_others_keep_their_order_when_some_leave(open_room: OpenRoom, clock:
     assert requests_of(room.poll_batch()) == ("timeout", [1, 2, 5, 7])
 
 
+# ---- rows ----
+
+
+def test_a_request_has_one_row_unless_told_otherwise(open_room: OpenRoom) -> None:
+    room = open_room(batch_size=3)
+    single = room.open_stream().push("a")
+    several = room.open_stream().push("b", None, 0, 2)
+    assert (single.rows, several.rows) == (1, 2)
+    assert (room.waiting, room.waiting_rows) == (2, 3)
+    assert room.poll_batch() is not None
+    assert (single.rows, several.rows) == (1, 2)
+    assert (room.waiting, room.waiting_rows) == (0, 0)
+
+
+def test_a_ticket_of_a_closed_stream_says_its_rows_though_they_count_nowhere(open_room: OpenRoom) -> None:
+    room = open_room(batch_size=3)
+    stream = room.open_stream()
+    stream.close()
+    ticket = stream.push("a", rows=2)
+    assert (ticket.state, ticket.rows, room.waiting_rows) == (LEFT, 2, 0)
+
+
+@pytest.mark.parametrize("rows", [-(2**63), -1, 0, 4, 2**63 - 1])
+def test_a_request_has_from_one_row_to_a_full_batch(open_room: OpenRoom, rows: int) -> None:
+    room = open_room(batch_size=3)
+    stream = room.open_stream()
+    with pytest.raises(ValueError, match=f"^rows is {rows}; it must be from 1 to 3$"):
+        stream.push("a", rows=rows)
+    assert (room.waiting, room.waiting_rows, room.pushed) == (0, 0, 0)
+    assert stream.push("b", rows=3).state == WAITING
+
+
+def test_batch_size_rows_leave_as_full(open_room: OpenRoom) -> None:
+    room = open_room(batch_size=6)
+    push_rows(room, 3, 1)
+    assert not room.is_due()
+    assert room.poll_batch() is None
+    push_rows(room, 2)
+    assert room.is_due()
+    assert requests_of(room.poll_batch()) == ("full", [3, 1, 2])
+
+
+def test_one_request_can_fill_a_batch(open_room: OpenRoom) -> None:
+    room = open_room(batch_size=4)
+    push_rows(room, 4)
+    assert requests_of(room.poll_batch()) == ("full", [4])
+
+
+def test_a_batch_leaves_as_full_if_the_next_request_does_not_fit(open_room: OpenRoom, clock: ManualClock) -> None:
+    room = open_room(batch_size=4)
+    push_rows(room, 1, 2)
+    assert room.poll_batch() is None
+    push_rows(room, 3)
+    assert requests_of(room.poll_batch()) == ("full", [1, 2])
+    assert room.poll_batch() is None
+    assert (room.waiting, room.waiting_rows) == (1, 3)
+    clock.now_ns += WINDOW_NS
+    assert requests_of(room.poll_batch()) == ("timeout", [3])
+
+
+def test_nothing_overtakes_a_request_that_does_not_fit(open_room: OpenRoom) -> None:
+    room = open_room(batch_size=4)
+    push_rows(room, 3, 2, 1, 1)
+    assert requests_of(room.poll_batch()) == ("full", [3])
+    assert requests_of(room.poll_batch()) == ("full", [2, 1, 1])
+
+
+def test_one_push_can_make_two_batches_due(open_room: OpenRoom) -> None:
+    room = open_room(batch_size=4)
+    push_rows(room, 1, 4)
+    assert requests_of(room.poll_batch()) == ("full", [1])
+    assert requests_of(room.poll_batch()) == ("full", [4])
+    assert room.poll_batch() is None
+
+
+def test_the_next_request_is_not_taken_into_a_batch_that_is_exactly_full(open_room: OpenRoom) -> None:
+    room = open_room(batch_size=4)
+    push_rows(room, 2, 2, 1)
+    assert requests_of(room.poll_batch()) == ("full", [2, 2])
+    assert (room.waiting, room.waiting_rows) == (1, 1)
+
+
+def test_a_batch_that_is_not_full_takes_all_requests(open_room: OpenRoom, clock: ManualClock) -> None:
+    room = open_room(batch_size=8)
+    push_rows(room, 3, 1, 3)
+    clock.now_ns += WINDOW_NS
+    assert requests_of(room.poll_batch()) == ("timeout", [3, 1, 3])
+    push_rows(room, 5, 2)
+    room.close()
+    assert requests_of(room.poll_batch()) == ("drain", [5, 2])
+
+
+def test_a_closed_room_is_drained_without_splitting_a_request(open_room: OpenRoom) -> None:
+    room = open_room(batch_size=4)
+    push_rows(room, 3, 3, 2)
+    room.close()
+    assert requests_of(room.poll_batch()) == ("full", [3])
+    assert requests_of(room.poll_batch()) == ("full", [3])
+    assert requests_of(room.poll_batch()) == ("drain", [2])
+
+
+def test_everyone_is_in_by_requests_and_not_by_rows(open_room: OpenRoom, clock: ManualClock) -> None:
+    room = open_room(batch_size=8)
+    first, second = answered_streams(room, clock, 2)
+    first.push("a", rows=5)
+    assert room.poll_batch() is None
+    second.push("b", rows=2)
+    assert requests_of(room.poll_batch()) == ("everyone_in", ["a", "b"])
+
+
+def test_everyone_is_in_again_once_a_full_batch_has_left_the_others(open_room: OpenRoom, clock: ManualClock) -> None:
+    room = open_room(batch_size=4)
+    first, second = answered_streams(room, clock, 2)
+    first.push("a", rows=3)
+    second.push("b", rows=2)
+    assert requests_of(room.poll_batch()) == ("full", ["a"])
+    assert room.poll_batch() is None, "the first was answered just now and has no request waiting"
+    first.close()
+    assert requests_of(room.poll_batch()) == ("everyone_in", ["b"])
+
+
+def test_the_window_of_a_request_that_did_not_fit_began_with_its_push(open_room: OpenRoom, clock: ManualClock) -> None:
+    room = open_room(batch_size=4)
+    push_rows(room, 2)
+    clock.now_ns += 3
+    push_rows(room, 3)
+    clock.now_ns += 5
+    assert requests_of(room.poll_batch()) == ("full", [2])
+    clock.now_ns += WINDOW_NS - 6
+    assert room.poll_batch() is None
+    clock.now_ns += 1
+    assert requests_of(room.poll_batch()) == ("timeout", [3])
+
+
+def test_expired_requests_give_their_rows_to_those_behind(open_room: OpenRoom, clock: ManualClock) -> None:
+    room = open_room(batch_size=4)
+    late = push_rows(room, 4, 2, deadline_ns=START_NS + 1)
+    push_rows(room, 3)
+    late += push_rows(room, 2, deadline_ns=START_NS + 1)  # would not have fitted
+    push_rows(room, 1)
+    clock.now_ns += 1
+    assert requests_of(room.poll_batch()) == ("full", [3, 1])
+    assert states_of(late) == [EXPIRED] * 3
+    assert (room.waiting, room.waiting_rows) == (0, 0)
+
+
+def test_a_batch_is_not_full_if_the_request_that_did_not_fit_has_expired(
+    open_room: OpenRoom, clock: ManualClock
+) -> None:
+    room = open_room(batch_size=4)
+    push_rows(room, 2)
+    (late,) = push_rows(room, 3, deadline_ns=START_NS + 1)
+    push_rows(room, 1)
+    clock.now_ns += 1
+    assert room.poll_batch() is None
+    assert (late.state, room.waiting, room.waiting_rows) == (EXPIRED, 2, 3)
+    push_rows(room, 1)
+    assert requests_of(room.poll_batch()) == ("full", [2, 1, 1])
+
+
+def test_expired_requests_behind_one_that_does_not_fit_stay_until_their_turn(
+    open_room: OpenRoom, clock: ManualClock
+) -> None:
+    room = open_room(batch_size=4)
+    push_rows(room, 3, 2)
+    (behind,) = push_rows(room, 1, deadline_ns=START_NS + 1)
+    clock.now_ns += 1
+    assert requests_of(room.poll_batch()) == ("full", [3])
+    assert (behind.state, room.waiting_rows) == (WAITING, 3)
+    clock.now_ns += WINDOW_NS
+    assert requests_of(room.poll_batch()) == ("timeout", [2])
+    assert (behind.state, room.waiting_rows) == (EXPIRED, 0)
+
+
+def test_requests_that_expire_before_one_that_does_not_fit_leave_no_gaps_behind(clock: ManualClock) -> None:
+    room = _core.WaitingRoom(4, LONG_WINDOW_NS, 64, clock=clock)
+    push_rows(room, 2)
+    push_rows(room, 1, 1, deadline_ns=START_NS + 1)
+    push_rows(room, 3, 1)
+    clock.now_ns += 1
+    assert requests_of(room.poll_batch()) == ("full", [2])
+    assert (room.pushed - room.popped, room.waiting) == (2, 2)
+
+
+def test_capacity_counts_rows(open_room: OpenRoom) -> None:
+    room = open_room(batch_size=8, capacity=10)
+    push_rows(room, 6)
+    stream = room.open_stream()
+    message = "^the queue is full: 6 rows are waiting, and this request's 5 would exceed the limit of 10$"
+    with pytest.raises(_core.QueueFullError, match=message) as refused:
+        stream.push("too many", rows=5)
+    assert refused.type is _core.QueueFullError
+    assert (room.waiting, room.waiting_rows, room.pushed) == (1, 6, 1)
+    assert stream.push("as many as there is room for", rows=4).state == WAITING
+    assert (room.waiting, room.waiting_rows) == (2, 10)
+    with pytest.raises(_core.QueueFullError, match=r"^the queue is full: 10 rows are waiting, the most allowed$"):
+        push_new(room, "one too many")
+    assert room.poll_batch() is not None
+    assert room.waiting_rows == 4
+    push_rows(room, 6)
+
+
+def test_a_request_of_several_rows_is_told_how_many_rows_of_single_ones_wait(open_room: OpenRoom) -> None:
+    room = open_room(batch_size=100, capacity=3)
+    push_new(room, "a", "b")
+    message = "^the queue is full: 2 rows are waiting, and this request's 2 would exceed the limit of 3$"
+    with pytest.raises(_core.QueueFullError, match=message):
+        push_rows(room, 2)
+
+
+def test_a_request_of_more_rows_than_the_capacity_is_refused_by_an_empty_room(open_room: OpenRoom) -> None:
+    room = open_room(batch_size=100, capacity=3)
+    message = "^the queue is full: 0 rows are waiting, and this request's 4 would exceed the limit of 3$"
+    with pytest.raises(_core.QueueFullError, match=message):
+        push_rows(room, 4)
+    push_rows(room, 3)
+
+
+def test_batches_counts_requests_and_rows(open_room: OpenRoom, clock: ManualClock) -> None:
+    room = open_room(batch_size=4)
+    push_rows(room, 3, 2, 1)
+    assert room.poll_batch() is not None
+    assert room.batches() == ({"full": 1, "everyone_in": 0, "timeout": 0, "drain": 0}, 1, 3)
+    clock.now_ns += WINDOW_NS
+    assert room.poll_batch() is not None
+    assert room.batches() == ({"full": 1, "everyone_in": 0, "timeout": 1, "drain": 0}, 3, 6)
+
+
 # ---- asking without taking ----
 
 
@@ -663,23 +897,23 @@ def drop_both_expired(room: Any, streams: list[Any], tickets: list[Any], clock: 
 
 
 @pytest.mark.parametrize("end", [take_both, let_both_leave, let_both_expire, drop_both_expired])
-def test_a_request_frees_its_bytes_however_it_stops_waiting(
+def test_a_request_frees_its_bytes_and_rows_however_it_stops_waiting(
     open_room: OpenRoom, clock: ManualClock, end: Callable[..., None]
 ) -> None:
-    room = open_room(capacity_bytes=10)
+    room = open_room(batch_size=8, capacity=6, capacity_bytes=10)
     streams = [room.open_stream() for _ in range(2)]
-    tickets = [stream.push(number, clock.now_ns + 2 * WINDOW_NS, 5) for number, stream in enumerate(streams)]
-    assert room.waiting_bytes == 10
+    tickets = [stream.push(number, clock.now_ns + 2 * WINDOW_NS, 5, 3) for number, stream in enumerate(streams)]
+    assert (room.waiting_rows, room.waiting_bytes) == (6, 10)
     end(room, streams, tickets, clock)
-    assert room.waiting_bytes == 0
-    assert room.open_stream().push("next", None, 10).state == WAITING
+    assert (room.waiting_rows, room.waiting_bytes) == (0, 0)
+    assert room.open_stream().push("next", None, 10, 6).state == WAITING
 
 
-def test_an_abandoned_room_has_no_bytes_waiting(open_room: OpenRoom) -> None:
+def test_an_abandoned_room_has_no_bytes_or_rows_waiting(open_room: OpenRoom) -> None:
     room = open_room(capacity_bytes=10)
-    room.open_stream().push("a", None, 10)
+    room.open_stream().push("a", None, 10, 3)
     room.abandon()
-    assert room.waiting_bytes == 0
+    assert (room.waiting_rows, room.waiting_bytes) == (0, 0)
 
 
 # ---- a stream has one request at a time ----
@@ -894,7 +1128,7 @@ def test_the_reason_is_that_of_the_requests_that_have_not_expired(open_room: Ope
     push_new(room, "b")
     clock.now_ns += WINDOW_NS
     assert requests_of(room.poll_batch()) == ("timeout", ["a", "b"])
-    assert room.batches() == ({"full": 0, "everyone_in": 0, "timeout": 1, "drain": 0}, 2)
+    assert room.batches() == ({"full": 0, "everyone_in": 0, "timeout": 1, "drain": 0}, 2, 2)
 
 
 def test_an_expired_request_does_not_end_the_window_of_a_younger_one(open_room: OpenRoom, clock: ManualClock) -> None:
@@ -1113,16 +1347,16 @@ def test_batches_are_counted_by_reason(open_room: OpenRoom, clock: ManualClock) 
     clock.now_ns += WINDOW_NS
     while (taken := room.poll_batch()) is not None:
         answer(room, taken[1])
-    assert room.batches() == ({"full": 2, "everyone_in": 0, "timeout": 1, "drain": 0}, 5)
+    assert room.batches() == ({"full": 2, "everyone_in": 0, "timeout": 1, "drain": 0}, 5, 5)
     for stream in streams[1:]:
         stream.close()
     streams[0].push("second")
     assert room.poll_batch() is not None
-    assert room.batches() == ({"full": 2, "everyone_in": 1, "timeout": 1, "drain": 0}, 6)
+    assert room.batches() == ({"full": 2, "everyone_in": 1, "timeout": 1, "drain": 0}, 6, 6)
     push_new(room, "third")
     room.close()
     assert room.poll_batch() is not None
-    assert room.batches() == ({"full": 2, "everyone_in": 1, "timeout": 1, "drain": 1}, 7)
+    assert room.batches() == ({"full": 2, "everyone_in": 1, "timeout": 1, "drain": 1}, 7, 7)
 
 
 def test_changing_the_returned_counters_changes_nothing(open_room: OpenRoom) -> None:
@@ -1190,6 +1424,10 @@ else:
         ("room().open_stream().push('a', 'soon')", "TypeError"),
         ("room().open_stream().push('a', None, 2**63)", "OverflowError ValueError"),
         ("room().open_stream().push('a', None, 'large')", "TypeError"),
+        ("room().open_stream().push('a', rows=2**63)", "OverflowError ValueError"),
+        ("room().open_stream().push('a', rows='many')", "TypeError"),
+        ("room().open_stream().push('a', rows=None)", "TypeError"),
+        ("room(batch_size=2**63 - 1).open_stream().push('a', rows=2**63 - 1)", "QueueFullError"),
     ],
 )  # fmt: skip
 def test_misuse_raises_and_does_not_crash(core_command: Callable[[str], list[str]], code: str, errors: str) -> None:
@@ -1204,7 +1442,7 @@ def test_a_room_that_was_never_initialised_does_not_crash(
 ) -> None:
     script = """
 room = _core.WaitingRoom.__new__(_core.WaitingRoom)
-print(room.waiting, room.waiting_bytes, room.pushed, room.popped, room.takers)
+print(room.waiting, room.waiting_rows, room.waiting_bytes, room.pushed, room.popped, room.takers)
 print(room.closed, room.poll_batch(), room.is_due())
 room.finish([], [])
 room.close()
@@ -1212,7 +1450,7 @@ print(room.take_batch())
 """
     process = subprocess.run(core_command(script), capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines() == ["0 0 0 0 0", "False None False", "None"]
+    assert process.stdout.splitlines() == ["0 0 0 0 0 0", "False None False", "None"]
 
 
 def test_a_taken_batch_that_is_thrown_away_does_not_affect_others(core_command: Callable[[str], list[str]]) -> None:

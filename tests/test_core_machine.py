@@ -57,10 +57,11 @@ class CoreBesideModel(RuleBasedStateMachine):
     @initialize(
         batch_size=st.sampled_from([4, 2, 6, 3, 1]),
         window_ns=st.sampled_from([5, 3 * SECOND_NS, SECOND_NS // 2, 0]),
-        capacity=st.sampled_from([5, 3, 8, 4, 1, 2]),
+        capacity=st.sampled_from([8, 5, 3, 13, 4, 1, 2]),
         capacity_bytes=st.sampled_from([None, 7, 12, 3]),
         leave_early=st.sampled_from([True, True, False]),
         callers=st.sampled_from([3, 1, 2, 5, 0]),
+        all_single=st.sampled_from([False, False, True]),
     )
     def open_room(
         self,
@@ -70,6 +71,7 @@ class CoreBesideModel(RuleBasedStateMachine):
         capacity_bytes: int | None,
         leave_early: bool,
         callers: int,
+        all_single: bool,
     ) -> None:
         """Make a room, with some streams that were answered just now."""
         self.clock = ManualClock(START_NS)
@@ -86,6 +88,9 @@ class CoreBesideModel(RuleBasedStateMachine):
                 for room in (_core.WaitingRoom, room_model.WaitingRoom)
             )
         )
+        # Mostly one, or hardly anything would be accepted.
+        several = [*range(1, batch_size + 1), 0, batch_size + 1]
+        self.rows = st.just(1) if all_single else st.sampled_from([1] * batch_size + several)
         self.streams: list[Pair] = []
         self.tickets: list[Pair] = []  # every ticket that `push` returned
         self.taken: list[Pair] = []  # every ticket that was ever taken, oldest first
@@ -94,7 +99,7 @@ class CoreBesideModel(RuleBasedStateMachine):
         self.popped_before = 0
         for number in range(callers):
             self.open_stream(number)
-            self.push(self.streams[-1], None, 0)
+            self.push(self.streams[-1], None, 0, 1)
             self.clock.now_ns += window_ns
             self.take()
             self.answer_all()
@@ -110,10 +115,12 @@ class CoreBesideModel(RuleBasedStateMachine):
     def open_stream(self, owner: object) -> None:
         self.streams.append(Pair(self.room.core.open_stream(owner), self.room.model.open_stream(owner)))
 
-    def push(self, stream: Pair, deadline_in_ns: int | None, size_bytes: int) -> None:
+    def push(self, stream: Pair, deadline_in_ns: int | None, size_bytes: int, rows: int) -> None:
         self.requests += 1
         deadline_ns = None if deadline_in_ns is None else self.clock.now_ns + deadline_in_ns
-        core, model = (outcome_of(lambda one=one: one.push(self.requests, deadline_ns, size_bytes)) for one in stream)
+        core, model = (
+            outcome_of(lambda one=one: one.push(self.requests, deadline_ns, size_bytes, rows)) for one in stream
+        )
         if isinstance(core, str) or isinstance(model, str):
             assert core == model
         else:
@@ -125,7 +132,7 @@ class CoreBesideModel(RuleBasedStateMachine):
             self.push_drawn(data.draw(st.sampled_from(self.streams)), data)
 
     def push_drawn(self, stream: Pair, data: st.DataObject) -> None:
-        self.push(stream, data.draw(DEADLINES_NS), data.draw(SIZES_BYTES))
+        self.push(stream, data.draw(DEADLINES_NS), data.draw(SIZES_BYTES), data.draw(self.rows))
 
     def push_on_a_new_stream(self, data: st.DataObject) -> None:
         self.open_stream(data.draw(st.integers()))
@@ -213,7 +220,8 @@ class CoreBesideModel(RuleBasedStateMachine):
     def the_room_looks_the_same(self) -> None:
         for look in (
             lambda room: (room.batch_size, room.window_ns, room.capacity, room.capacity_bytes, room.leave_early),
-            lambda room: (room.closed, room.waiting, room.waiting_bytes, room.pushed, room.open_streams),
+            lambda room: (room.closed, room.waiting, room.waiting_rows, room.waiting_bytes),
+            lambda room: (room.pushed, room.open_streams),
             lambda room: room.batches(),
             lambda room: room.is_due(),
         ):
@@ -222,7 +230,7 @@ class CoreBesideModel(RuleBasedStateMachine):
     @invariant()
     def the_tickets_look_the_same(self) -> None:
         for ticket in self.tickets:
-            both(lambda ticket: (ticket.state, ticket.request, ticket.owner), ticket)
+            both(lambda ticket: (ticket.state, ticket.request, ticket.owner, ticket.rows), ticket)
             both(lambda ticket: (ticket.pushed_ns, ticket.taken_ns), ticket)
             if ticket.model.state == FINISHED:
                 both(lambda ticket: ticket.outcome, ticket)

@@ -84,12 +84,17 @@ def tickets_of(batches: Batches) -> list[Ticket]:
     return [ticket for _reason, tickets in batches for ticket in tickets]
 
 
+def rows_of(tickets: list[Ticket]) -> int:
+    return sum(ticket.rows for ticket in tickets)
+
+
 def call(room: WaitingRoom, name: int, count: int) -> list[Ticket]:
-    """Be a caller: push one request after another on one stream. Each counts a few bytes."""
+    """Be a caller: push one request after another on one stream. Each counts a few bytes, and some several rows."""
     stream = room.open_stream()
     tickets = []
     for number in range(count):
-        tickets.append(stream.push((name, number), None, number % 7))
+        rows = 1 + (name + number) % room.batch_size if name % 2 else 1
+        tickets.append(stream.push((name, number), None, number % 7, rows))
         assert tickets[-1].wait() == FINISHED
     stream.close()
     return tickets
@@ -154,11 +159,11 @@ def test_nothing_is_lost_doubled_or_reordered(
         assert [ticket.request[1] for ticket in served if ticket.request[0] == name] == list(range(count))
     pushed_ns = [ticket.pushed_ns for ticket in served]
     assert pushed_ns == sorted(pushed_ns)
-    assert all(1 <= len(tickets) <= batch_size for _reason, tickets in batches)
+    assert all(1 <= rows_of(tickets) <= batch_size for _reason, tickets in batches)
     reasons = Counter(reason for reason, _tickets in batches)
-    assert room.batches() == ({reason: reasons[reason] for reason in _core.REASONS}, len(served))
+    assert room.batches() == ({reason: reasons[reason] for reason in _core.REASONS}, len(served), rows_of(served))
     assert (room.pushed, room.popped, room.open_streams) == (len(served), len(served), 0)
-    assert (room.waiting, room.waiting_bytes) == (0, 0)
+    assert (room.waiting, room.waiting_rows, room.waiting_bytes) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("limit", [{"capacity": 2}, {"capacity_bytes": 20}])
@@ -172,7 +177,7 @@ def test_nothing_is_lost_when_callers_find_the_room_full(
         for number in range(100):
             while True:
                 try:
-                    ticket = stream.push((name, number), None, 10)
+                    ticket = stream.push((name, number), None, 10, rows=1 + name % 2)
                     break
                 except _core.QueueFullError:
                     refused.append((name, number))
@@ -190,7 +195,7 @@ def test_nothing_is_lost_when_callers_find_the_room_full(
     assert Counter(ticket.request for ticket in tickets_of(server.result())) == Counter(
         (name, number) for name in range(16) for number in range(100)
     )
-    assert (room.waiting, room.waiting_bytes) == (0, 0)
+    assert (room.waiting, room.waiting_rows, room.waiting_bytes) == (0, 0, 0)
 
 
 def test_accepted_requests_are_answered_when_the_room_closes_under_load(
@@ -288,7 +293,7 @@ def test_each_request_is_answered_or_left_when_streams_close_at_random_moments(
         tickets = []
         stream = room.open_stream()
         for number in range(150):
-            ticket = stream.push((name, number), None, number)
+            ticket = stream.push((name, number), None, number, rows=1 + number % 3)
             tickets.append(ticket)
             if chance.random() < 0.5:
                 to_close.put(stream)
@@ -319,7 +324,7 @@ def test_each_request_is_answered_or_left_when_streams_close_at_random_moments(
         assert ticket.state == LEFT or ticket.outcome == answer_to(ticket.request)
     pushed_ns = [ticket.pushed_ns for ticket in served]
     assert pushed_ns == sorted(pushed_ns)
-    assert (room.waiting, room.waiting_bytes, room.open_streams) == (0, 0, 0)
+    assert (room.waiting, room.waiting_rows, room.waiting_bytes, room.open_streams) == (0, 0, 0, 0)
 
 
 # ---- deadlines ----
@@ -368,7 +373,7 @@ def test_each_request_is_answered_or_expired_when_deadlines_pass_under_load(
         stream = room.open_stream()
         for number in range(150):
             deadline_ns = time.monotonic_ns() + chance.randrange(2 * MS_NS)
-            ticket = stream.push((name, number), deadline_ns, number)
+            ticket = stream.push((name, number), deadline_ns, number, rows=1 + number % 3)
             tickets.append((ticket, deadline_ns))
             if ticket.wait() == EXPIRED:
                 assert time.monotonic_ns() >= deadline_ns
@@ -387,7 +392,7 @@ def test_each_request_is_answered_or_expired_when_deadlines_pass_under_load(
         assert ticket.state in (FINISHED, EXPIRED)
         assert ticket.taken_ns < deadline_ns
         assert ticket.state == EXPIRED or ticket.outcome == answer_to(ticket.request)
-    assert (room.waiting, room.waiting_bytes) == (0, 0)
+    assert (room.waiting, room.waiting_rows, room.waiting_bytes) == (0, 0, 0)
 
 
 # ---- what wakes a taker ----
@@ -399,6 +404,17 @@ def test_a_taker_wakes_when_the_batch_is_full(threads: ThreadPoolExecutor, open_
     for request in ("a", "b", "c"):
         room.open_stream().push(request)
     assert requests_of(taken.result()) == ("full", ["a", "b", "c"])
+
+
+def test_a_taker_wakes_when_the_next_request_does_not_fit(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+    room = open_room(batch_size=4, window_ns=HOUR_NS)
+    taken = take_in_sleep(threads, room)
+    room.open_stream().push("a", rows=3)
+    room.open_stream().push("b", rows=2)
+    assert requests_of(taken.result()) == ("full", ["a"])
+    taken = take_in_sleep(threads, room)
+    room.open_stream().push("c", rows=2)
+    assert requests_of(taken.result()) == ("full", ["b", "c"])
 
 
 def test_a_taker_wakes_when_everyone_is_in(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:

@@ -65,7 +65,7 @@ def service() -> Service:
 
 
 def counts(service: Service) -> dict[str, int]:
-    batches, batched = service.room.batches()
+    batches, batched, _batched_rows = service.room.batches()
     snapshot = service.recorder.snapshot(
         model="repr", batches=batches, batched_requests=batched, waiting=0, waiting_bytes=0, open_streams=0
     )

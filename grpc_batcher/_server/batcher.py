@@ -152,7 +152,7 @@ class MukoeBatcher:
 
     def metrics(self) -> Metrics:
         """Return the counters as they are now."""
-        batches, batched_requests = self._room.batches()
+        batches, batched_requests, _batched_rows = self._room.batches()
         return self._recorder.snapshot(
             model=self._model.name,
             batches=batches,
