@@ -15,9 +15,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from grpc_batcher._cli import load
-from grpc_batcher._cli.load import Job, Window, percentile
+from grpc_batcher._cli.load import Job, Window
 from grpc_batcher._cli.workers import obey
 from grpc_batcher._core import Stream, WaitingRoom
+from grpc_batcher._server.metrics import nearest_rank
 
 BATCH_SIZE = 16
 WINDOW_NS = 5_000_000
@@ -126,11 +127,11 @@ def drive(room: CoreRoom | QueueRoom, threads: int, window: Window) -> dict[str,
     return {
         "problems": problems,
         "requests_per_s": len(latencies_ns) / window.length_s,
-        "p50_ms": percentile(latencies_ns, 50) / 1e6,
-        "p99_ms": percentile(latencies_ns, 99) / 1e6,
+        "p50_ms": nearest_rank(latencies_ns, 50) / 1e6,
+        "p99_ms": nearest_rank(latencies_ns, 99) / 1e6,
         "mean_batch": room.taken / room.batches,
-        "push_to_taken_us": percentile(sorted(room.pushed_to_taken_ns), 50) / 1e3,
-        "finish_to_woken_us": percentile(sorted(room.finished_to_woken_ns), 50) / 1e3,
+        "push_to_taken_us": nearest_rank(sorted(room.pushed_to_taken_ns), 50) / 1e3,
+        "finish_to_woken_us": nearest_rank(sorted(room.finished_to_woken_ns), 50) / 1e3,
     }
 
 
@@ -166,8 +167,8 @@ def churn(kept: int, window: Window) -> dict[str, Any]:
     return {
         "problems": problems,
         "requests_per_s": len(latencies_ns) / window.length_s,
-        "p50_ms": percentile(latencies_ns, 50) / 1e6,
-        "p99_ms": percentile(latencies_ns, 99) / 1e6,
+        "p50_ms": nearest_rank(latencies_ns, 50) / 1e6,
+        "p99_ms": nearest_rank(latencies_ns, 99) / 1e6,
     }
 
 

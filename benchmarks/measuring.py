@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpc_batcher._cli.load import Outcome, Window, percentile
+from grpc_batcher._cli.load import Outcome, Window
+from grpc_batcher._server.metrics import nearest_rank
 
 from processes import Child, sleep_until
 
@@ -157,7 +158,7 @@ def _collect(groups: Sequence[Group], window: Window, *, everyone: bool) -> Samp
     if latencies_ns := sorted(outcome.latencies_ns):
         sample.values = {"requests_per_s": len(latencies_ns) / window.length_s}
         for percent in (50, 90, 99):
-            sample.values[f"p{percent}_ms"] = percentile(latencies_ns, percent) / 1e6
+            sample.values[f"p{percent}_ms"] = nearest_rank(latencies_ns, percent) / 1e6
         if not everyone:
             sample.values["silent_percent"] = 100 * silent / callers
     return sample

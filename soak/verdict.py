@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from grpc_batcher._cli.load import percentile
+from grpc_batcher._server.metrics import nearest_rank
 
 MAX_WARM_UP_S = 300.0
 
@@ -83,6 +83,6 @@ def compare_latency(series: Series, begin_s: float, end_s: float) -> list[Compar
     last.sort()
     enough = min(len(first), len(last)) >= MIN_LATENCIES
     return [
-        Comparison(f"p{each}", percentile(first, each), percentile(last, each), limit if enough else NO_LIMIT)
+        Comparison(f"p{each}", nearest_rank(first, each), nearest_rank(last, each), limit if enough else NO_LIMIT)
         for each, limit in LATENCIES_MS.items()
     ]

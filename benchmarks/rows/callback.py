@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
-from grpc_batcher._cli.load import percentile
+from grpc_batcher._server.metrics import nearest_rank
 
 from measuring import Sample
 from processes import Child
@@ -56,7 +56,7 @@ def _durations(notes: Sequence[Sequence[int]]) -> dict[str, float]:
     durations_ns = sorted(end_ns - begin_ns for begin_ns, end_ns, _cpu_ns in notes)
     return {
         "mean_ms": sum(durations_ns) / len(notes) / 1e6,
-        "p50_ms": percentile(durations_ns, 50) / 1e6,
-        "p99_ms": percentile(durations_ns, 99) / 1e6,
+        "p50_ms": nearest_rank(durations_ns, 50) / 1e6,
+        "p99_ms": nearest_rank(durations_ns, 99) / 1e6,
         "callback_cpu_ms": sum(cpu_ns for _begin_ns, _end_ns, cpu_ns in notes) / len(notes) / 1e6,
     }

@@ -6,7 +6,7 @@ import dataclasses
 from contextlib import ExitStack
 from functools import partial
 
-from grpc_batcher._cli.load import percentile
+from grpc_batcher._server.metrics import nearest_rank
 
 from measuring import Sample
 from processes import Child
@@ -47,7 +47,7 @@ def _measure(bench: Bench, server: Child, caller: Child) -> Sample:
     return Sample(
         {
             "clients": len(durations_ns),
-            "p50_ms": percentile(durations_ns, 50) / 1e6,
-            "p99_ms": percentile(durations_ns, 99) / 1e6,
+            "p50_ms": nearest_rank(durations_ns, 50) / 1e6,
+            "p99_ms": nearest_rank(durations_ns, 99) / 1e6,
         }
     )

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 
-from grpc_batcher._cli.load import percentile
+from grpc_batcher._server.metrics import nearest_rank
 
 from measuring import Sample, open_streams
 from processes import Child
@@ -39,6 +39,6 @@ def _gaps(bench: Bench, server: Child, callers: list[Child]) -> Sample:
     server.ask("notes")
     sample = bench.measure(server, groups, least_batch=8)
     gaps_ns = sorted(next_begin_ns - end_ns for (_, end_ns, _), (next_begin_ns, _, _) in pairwise(sample.notes(server)))
-    sample.values["p50_ms"] = percentile(gaps_ns, 50) / 1e6
-    sample.values["p99_ms"] = percentile(gaps_ns, 99) / 1e6
+    sample.values["p50_ms"] = nearest_rank(gaps_ns, 50) / 1e6
+    sample.values["p99_ms"] = nearest_rank(gaps_ns, 99) / 1e6
     return sample

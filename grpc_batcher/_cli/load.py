@@ -6,7 +6,6 @@ bench` and the project's benchmarks use it.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from array import array
@@ -113,11 +112,6 @@ def run(
     for outcome in outcomes:
         merged.add(outcome)
     return merged
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Return the smallest value that so many percent are not above; `values` must be sorted and not empty."""
-    return values[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 
 def _call(
