@@ -136,6 +136,8 @@ def check_result(result: Any) -> Answer:
 
     Raises BadResultError unless it is a pair of a dictionary of `bytes` and an int32.
     """
+    if type(result) is tuple and len(result) == 2 and (answer := _plain_answer(*result)) is not None:
+        return answer
     if not isinstance(result, Sequence) or len(result) != 2:
         raise BadResultError(f"must be a pair (dictionary, step); it is {_describe(result)}")
     dictionary, step = result
@@ -160,6 +162,19 @@ def check_result(result: Any) -> Answer:
     if not INT32_MIN <= step <= INT32_MAX:
         raise BadResultError(f"has the step {step}, which does not fit an int32")
     return Answer(copy, step)
+
+
+def _plain_answer(dictionary: Any, step: Any) -> Answer | None:
+    """Return the answer of what nearly every callback gives, a dict of str to bytes and an int; None for anything else.
+
+    It is several times as fast as the checks that can tell what is wrong.
+    """
+    if type(dictionary) is not dict or type(step) is not int or not INT32_MIN <= step <= INT32_MAX:
+        return None
+    for key, value in dictionary.items():
+        if type(key) is not str or not key.isascii() or type(value) is not bytes:
+            return None
+    return Answer(dictionary.copy(), step)
 
 
 def write_answer(answer: Answer) -> bytes:
