@@ -21,11 +21,13 @@ demo: $(VENV)/installed-demo
 test: $(VENV)/installed-test
 	$(BIN)/pytest -n $(TEST_PROCESSES) tests
 
-# The tests over sockets again, in the pairings of server and client that `make test` leaves out.
+# The tests over sockets again: in the pairings of server and client that `make test` leaves out, then with gRPC's and
+# glibc's own defaults.
 test-transports: $(VENV)/installed-test
 	for transports in public public/direct direct/public; do \
 		GRPC_BATCHER_TRANSPORT=$$transports $(BIN)/pytest -q -n $(TEST_PROCESSES) $(OVER_SOCKETS) || exit 1; \
 	done
+	GRPC_BATCHER_TUNE_GRPC=0 GRPC_BATCHER_TUNE_MALLOC=0 $(BIN)/pytest -q -n $(TEST_PROCESSES) $(OVER_SOCKETS)
 
 # The tests with the oldest and the newest releases, on each Python here. MATRIX_ROWS="3.10-oldest 3.13-newest" and
 # MATRIX_TESTS="core wire" choose; `nox --list` names the rows. With GRPC_BATCHER_TRANSPORT, only the tests over sockets.
