@@ -234,7 +234,7 @@ def print_games(reports: list[ActorReport]) -> None:
     print(
         f"\n{frames_per_s:,.0f} frames per second in total; a console shows 60."
         f"\nAnswered by version {', '.join(map(str, versions))} of the weights, which are random:"
-        " the points are luck."
+        " scores are random."
         f"\nRequests resent after an error: {failed_tries:,}."
     )
 
