@@ -148,10 +148,10 @@ FAULTS_PER_REQUEST = """
 
     with create_batcher("repr", 4, 0.005, 0, batch_process_fn=echo, host="127.0.0.1") as batcher:
         with MukoeBatcherClient(f"127.0.0.1:{batcher.port}") as client:
-            send_all(25)
+            send_all(100)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            send_all(50)
-            print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 200)
+            send_all(100)
+            print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 400)
     print(info()["memory"])
 """
 

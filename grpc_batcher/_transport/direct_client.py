@@ -153,9 +153,10 @@ class DirectClientStream:
             try:
                 self._due[:1] = starmap(self._call.next_event, pending)
             except BaseException:  # Ctrl-C in the main thread
-                was_called = length_hint(pending) == 0
-                # grpcio has then taken the call apart. Or the event had arrived and is lost: another takes its place.
-                if was_called and not self._call.operate((), _PROBE):
+                was_called, was_recorded = length_hint(pending) == 0, self._due[0] is not True
+                # In between, grpcio has taken the call apart. Or the event had arrived and is lost: another takes its
+                # place.
+                if was_called and not was_recorded and not self._call.operate((), _PROBE):
                     self._due.clear()
                 raise
             event = self._due[0]
