@@ -66,7 +66,7 @@ PLANTS = {
             "AddressSanitizer: heap-use-after-free",
         ),
         Plant(  # a length is believed
-            "_wire.pyx",
+            "_wire.pxd",
             " or value > <uint64_t>(end - at[0])",
             " or value > <uint64_t>(end - at[0] + 64)",
             "test_wire.py::test_any_request_means_to_us_what_it_means_to_protobuf",
