@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
-SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.py grpc_batcher/*.pyi grpc_batcher/*.pyx grpc_batcher/_proto/*)
+SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.py grpc_batcher/*.pyi grpc_batcher/*.pyx grpc_batcher/*.pxd grpc_batcher/_proto/*)
 
-OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_leaks.py tests/test_docs.py tests/test_build_script.py,$(wildcard tests/test_*.py))
+OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_array_codec.py tests/test_leaks.py tests/test_docs.py tests/test_build_script.py,$(wildcard tests/test_*.py))
 
 # So many tests at once: most wait for something.
 TEST_PROCESSES ?= 4
@@ -44,7 +44,7 @@ lint: $(VENV)/installed-lint
 	$(BIN)/shellcheck .ci/run scripts/*.sh
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint grpc_batcher
 	$(BIN)/mypy
-	$(BIN)/stubtest --mypy-config-file pyproject.toml grpc_batcher._core grpc_batcher._wire
+	$(BIN)/stubtest --mypy-config-file pyproject.toml grpc_batcher._arrays grpc_batcher._core grpc_batcher._wire
 
 # The core with its invariants checked, under the same tests.
 debug: $(VENV)-debug/bin/python

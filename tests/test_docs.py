@@ -261,7 +261,7 @@ def modules() -> set[str]:
     package = ROOT / "grpc_batcher"
     return {
         file.relative_to(package).as_posix()
-        for pattern in ("*.py", "*.pyx", "*.pyi")
+        for pattern in ("*.py", "*.pyx", "*.pxd", "*.pyi")
         for file in package.rglob(pattern)
         if file.stat().st_size and "_proto" not in file.parts
     }
