@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
-SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.py* grpc_batcher/*/*.py*)
+SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.p* grpc_batcher/*/*.p*)
 
-OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_leaks.py tests/test_docs.py tests/test_build_script.py,$(wildcard tests/test_*.py))
+OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_array_codec.py tests/test_leaks.py tests/test_docs.py tests/test_build_script.py,$(wildcard tests/test_*.py))
 
 # How many tests run at once; most of them wait for something.
 TEST_PROCESSES ?= 4
@@ -48,7 +48,7 @@ lint: $(VENV)/installed-lint
 	$(BIN)/shellcheck .ci/run scripts/*.sh
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint grpc_batcher
 	$(BIN)/mypy
-	$(BIN)/stubtest --mypy-config-file pyproject.toml grpc_batcher._core grpc_batcher._wire
+	$(BIN)/stubtest --mypy-config-file pyproject.toml grpc_batcher._arrays grpc_batcher._core grpc_batcher._wire
 
 # The same tests on a core that checks its invariants.
 debug: $(VENV)-debug/bin/python

@@ -25,7 +25,7 @@ extensions = [
         extra_link_args=["-pthread", *sanitizer_flags],
         define_macros=[] if debug else [("NDEBUG", "1")],
     )
-    for name in ("_core", "_wire")
+    for name in ("_arrays", "_core", "_wire")
 ]
 
 # Separate folders, so that one build is not mistaken for another.

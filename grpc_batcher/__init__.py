@@ -1,6 +1,7 @@
 """Gathers single gRPC requests into batches for a model, and gives each caller its own answer."""
 
 try:
+    from . import _arrays as _arrays
     from . import _core as _core
     from . import _wire as _wire
 except ImportError as error:

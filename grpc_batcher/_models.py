@@ -17,6 +17,10 @@ from google.protobuf.message import DecodeError
 from . import _wire
 from ._proto.mukoe_batcher_pb2 import MukoeRequest, MukoeResponse
 
+# What protobuf raises for bytes that are no message. The last two come from protobuf 3.20: UnicodeDecodeError in plain
+# Python, SystemError in C++.
+_BROKEN_MESSAGE = (DecodeError, UnicodeDecodeError, SystemError)
+
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
 
@@ -81,7 +85,7 @@ class Model:
     def _read_with_protobuf(self, message: bytes) -> tuple[Any, ...]:
         try:
             request = MukoeRequest.FromString(message)
-        except (DecodeError, UnicodeDecodeError) as error:  # pure-Python protobuf 3.20 raises the second
+        except _BROKEN_MESSAGE as error:
             raise BadRequestError(f"{len(message)} bytes that are not a MukoeRequest: {error}") from None
         kind = request.WhichOneof("request_type")
         if kind != self.message_field:
@@ -189,7 +193,7 @@ def read_answer(message: bytes) -> tuple[dict[str, bytes], int]:
         return answer
     try:
         result = MukoeResponse.FromString(message).result
-    except UnicodeDecodeError as error:  # from pure-Python protobuf 3.20
+    except _BROKEN_MESSAGE as error:
         raise DecodeError(str(error)) from error
     return {pair.key: pair.values for pair in result.dictionary}, result.step
 

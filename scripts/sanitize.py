@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIMES = {"thread": ["libtsan.so"], "address": ["libasan.so", "libubsan.so"]}
-TESTS = ["test_core.py", "test_core_threads.py", "test_core_machine.py", "test_wire.py"]
+TESTS = ["test_core.py", "test_core_threads.py", "test_core_machine.py", "test_wire.py", "test_array_codec.py"]
 
 ENVIRONMENT = {
     # Forked children are replaced by another program at once.
@@ -66,7 +66,7 @@ PLANTS = {
             "AddressSanitizer: heap-use-after-free",
         ),
         Plant(  # a length is trusted
-            "_wire.pyx",
+            "_wire.pxd",
             " or value > <uint64_t>(end - at[0])",
             " or value > <uint64_t>(end - at[0] + 64)",
             "test_wire.py::test_any_request_is_read_as_protobuf_reads_it",
@@ -78,6 +78,27 @@ PLANTS = {
             "len(fields) > 2 * MAX_FIELDS",
             "test_wire.py::test_a_codec_refuses_fields_it_does_not_support",
             "runtime error: index 8 out of bounds",
+        ),
+        Plant(  # the size of an array's data is believed
+            "_arrays.pyx",
+            " or size > <uint64_t>(end - at[0])",
+            " or size > <uint64_t>(end - at[0] + 64)",
+            "test_array_codec.py::test_an_array_that_is_cut_anywhere_says_so",
+            "AddressSanitizer: heap-buffer-overflow",
+        ),
+        Plant(  # the list of copies has no room for the padding
+            "_arrays.pyx",
+            "PyMem_Malloc((len(given) + size - rows) * sizeof(copy_t))",
+            "PyMem_Malloc(len(given) * sizeof(copy_t))",
+            "test_array_codec.py::test_rows_are_gathered_in_order_and_padded_with_the_first",
+            "AddressSanitizer: heap-buffer-overflow",
+        ),
+        Plant(  # rows are copied that the callback's array does not have
+            "_arrays.pyx",
+            "if source.row_bytes and rows > source",
+            "if source.row_bytes and rows > 2 + source",
+            "test_array_codec.py::test_an_output_that_cannot_be_sent_is_refused",
+            "AddressSanitizer: heap-buffer-overflow",
         ),
     ],
 }

@@ -259,7 +259,7 @@ def test_contributing_names_every_make_target() -> None:
 def modules() -> set[str]:
     """The files of the package that somebody wrote, except the folders' `__init__.py`, which only have a docstring."""
     package = ROOT / "grpc_batcher"
-    files = {file for pattern in ("*.py", "*.pyx", "*.pyi") for file in package.rglob(pattern)}
+    files = {file for pattern in ("*.py", "*.pyx", "*.pxd", "*.pyi") for file in package.rglob(pattern)}
     files -= set(package.glob("*/__init__.py")) | set(package.glob("_proto/*"))
     return {file.relative_to(package).as_posix() for file in files}
 

@@ -27,7 +27,7 @@ def read_request_with_protobuf(model: str, message: bytes) -> object:
     """Read a message with nothing but protobuf; None if the model does not accept it."""
     try:
         request = MukoeRequest.FromString(message)
-    except (DecodeError, UnicodeDecodeError):  # pure-Python protobuf 3.20 raises the second
+    except (DecodeError, UnicodeDecodeError, SystemError):  # protobuf 3.20 raises the last two
         return None
     kind = request.WhichOneof("request_type")
     if kind != MODELS[model].message_field:
@@ -47,7 +47,7 @@ def read_request(model: str, message: bytes) -> object:
 def read_answer_with_protobuf(message: bytes) -> tuple[dict[str, bytes], int] | None:
     try:
         result = MukoeResponse.FromString(message).result
-    except (DecodeError, UnicodeDecodeError):
+    except (DecodeError, UnicodeDecodeError, SystemError):
         return None
     return {pair.key: pair.values for pair in result.dictionary}, result.step
 

@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13mukoe_batcher.proto\x12\rmukoe_batcher\"\x1f\n\x0fRepresentations\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"(\n\x08\x44ynamics\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\x05\"\x86\x01\n\x0cMukoeRequest\x12\x39\n\x0frepresentations\x18\x01 \x01(\x0b\x32\x1e.mukoe_batcher.RepresentationsH\x00\x12+\n\x08\x64ynamics\x18\x02 \x01(\x0b\x32\x17.mukoe_batcher.DynamicsH\x00\x42\x0e\n\x0crequest_type\"\'\n\x08KeyValue\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06values\x18\x02 \x01(\x0c\"J\n\rModelResponse\x12+\n\ndictionary\x18\x01 \x03(\x0b\x32\x17.mukoe_batcher.KeyValue\x12\x0c\n\x04step\x18\x02 \x01(\x05\"=\n\rMukoeResponse\x12,\n\x06result\x18\x01 \x01(\x0b\x32\x1c.mukoe_batcher.ModelResponse2_\n\x0cMukoeService\x12O\n\x0eProcessRequest\x12\x1b.mukoe_batcher.MukoeRequest\x1a\x1c.mukoe_batcher.MukoeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13mukoe_batcher.proto\x12\rmukoe_batcher\"\x1f\n\x0fRepresentations\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"(\n\x08\x44ynamics\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\x05\"\'\n\x08KeyValue\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06values\x18\x02 \x01(\x0c\"1\n\x06\x41rrays\x12\'\n\x06\x61rrays\x18\x01 \x03(\x0b\x32\x17.mukoe_batcher.KeyValue\"\xc7\x01\n\x0cMukoeRequest\x12\x39\n\x0frepresentations\x18\x01 \x01(\x0b\x32\x1e.mukoe_batcher.RepresentationsH\x00\x12+\n\x08\x64ynamics\x18\x02 \x01(\x0b\x32\x17.mukoe_batcher.DynamicsH\x00\x12\'\n\x06\x61rrays\x18\x03 \x01(\x0b\x32\x15.mukoe_batcher.ArraysH\x00\x12\x16\n\x0ekeep_rows_axis\x18\x0f \x01(\x08\x42\x0e\n\x0crequest_type\"J\n\rModelResponse\x12+\n\ndictionary\x18\x01 \x03(\x0b\x32\x17.mukoe_batcher.KeyValue\x12\x0c\n\x04step\x18\x02 \x01(\x05\"=\n\rMukoeResponse\x12,\n\x06result\x18\x01 \x01(\x0b\x32\x1c.mukoe_batcher.ModelResponse2_\n\x0cMukoeService\x12O\n\x0eProcessRequest\x12\x1b.mukoe_batcher.MukoeRequest\x1a\x1c.mukoe_batcher.MukoeResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -25,14 +25,16 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_REPRESENTATIONS']._serialized_end=69
   _globals['_DYNAMICS']._serialized_start=71
   _globals['_DYNAMICS']._serialized_end=111
-  _globals['_MUKOEREQUEST']._serialized_start=114
-  _globals['_MUKOEREQUEST']._serialized_end=248
-  _globals['_KEYVALUE']._serialized_start=250
-  _globals['_KEYVALUE']._serialized_end=289
-  _globals['_MODELRESPONSE']._serialized_start=291
-  _globals['_MODELRESPONSE']._serialized_end=365
-  _globals['_MUKOERESPONSE']._serialized_start=367
-  _globals['_MUKOERESPONSE']._serialized_end=428
-  _globals['_MUKOESERVICE']._serialized_start=430
-  _globals['_MUKOESERVICE']._serialized_end=525
+  _globals['_KEYVALUE']._serialized_start=113
+  _globals['_KEYVALUE']._serialized_end=152
+  _globals['_ARRAYS']._serialized_start=154
+  _globals['_ARRAYS']._serialized_end=203
+  _globals['_MUKOEREQUEST']._serialized_start=206
+  _globals['_MUKOEREQUEST']._serialized_end=405
+  _globals['_MODELRESPONSE']._serialized_start=407
+  _globals['_MODELRESPONSE']._serialized_end=481
+  _globals['_MUKOERESPONSE']._serialized_start=483
+  _globals['_MUKOERESPONSE']._serialized_end=544
+  _globals['_MUKOESERVICE']._serialized_start=546
+  _globals['_MUKOESERVICE']._serialized_end=641
 # @@protoc_insertion_point(module_scope)

@@ -19,14 +19,6 @@ class Dynamics(_message.Message):
     action: int
     def __init__(self, data: _Optional[bytes] = ..., action: _Optional[int] = ...) -> None: ...
 
-class MukoeRequest(_message.Message):
-    __slots__ = ("representations", "dynamics")
-    REPRESENTATIONS_FIELD_NUMBER: _ClassVar[int]
-    DYNAMICS_FIELD_NUMBER: _ClassVar[int]
-    representations: Representations
-    dynamics: Dynamics
-    def __init__(self, representations: _Optional[_Union[Representations, _Mapping]] = ..., dynamics: _Optional[_Union[Dynamics, _Mapping]] = ...) -> None: ...
-
 class KeyValue(_message.Message):
     __slots__ = ("key", "values")
     KEY_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +26,24 @@ class KeyValue(_message.Message):
     key: str
     values: bytes
     def __init__(self, key: _Optional[str] = ..., values: _Optional[bytes] = ...) -> None: ...
+
+class Arrays(_message.Message):
+    __slots__ = ("arrays",)
+    ARRAYS_FIELD_NUMBER: _ClassVar[int]
+    arrays: _containers.RepeatedCompositeFieldContainer[KeyValue]
+    def __init__(self, arrays: _Optional[_Iterable[_Union[KeyValue, _Mapping]]] = ...) -> None: ...
+
+class MukoeRequest(_message.Message):
+    __slots__ = ("representations", "dynamics", "arrays", "keep_rows_axis")
+    REPRESENTATIONS_FIELD_NUMBER: _ClassVar[int]
+    DYNAMICS_FIELD_NUMBER: _ClassVar[int]
+    ARRAYS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_ROWS_AXIS_FIELD_NUMBER: _ClassVar[int]
+    representations: Representations
+    dynamics: Dynamics
+    arrays: Arrays
+    keep_rows_axis: bool
+    def __init__(self, representations: _Optional[_Union[Representations, _Mapping]] = ..., dynamics: _Optional[_Union[Dynamics, _Mapping]] = ..., arrays: _Optional[_Union[Arrays, _Mapping]] = ..., keep_rows_axis: bool = ...) -> None: ...
 
 class ModelResponse(_message.Message):
     __slots__ = ("dictionary", "step")
