@@ -14,7 +14,7 @@ import re
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 _logger = logging.getLogger("grpc_batcher")
 
@@ -97,18 +97,44 @@ def _keep_freed_memory() -> Tuning:
             return Tuning(False, f"{variable} is set")
     if tunable := _MALLOC_TUNABLES.search(os.environ.get("GLIBC_TUNABLES", "")):
         return Tuning(False, f"GLIBC_TUNABLES sets glibc.malloc.{tunable[1]}")
-    process, glibc = ctypes.CDLL(None), ctypes.CDLL("libc.so.6")
-    if _address(process.malloc) != _address(glibc.malloc):
+    process = ctypes.CDLL(None)
+    process.malloc.restype = ctypes.c_void_p
+    process.malloc.argtypes = [ctypes.c_size_t]
+    process.free.argtypes = [ctypes.c_void_p]
+    before_bytes = _allocated_bytes(process)
+    block = process.malloc(_PRIMING_BLOCK_BYTES)
+    came_from_glibc = (_allocated_bytes(process) - before_bytes) % 2**32 >= _PRIMING_BLOCK_BYTES // 2
+    process.free(block)
+    if not came_from_glibc:
         return Tuning(False, "another allocator replaces glibc's")
-    glibc.malloc.restype = ctypes.c_void_p
-    glibc.malloc.argtypes = [ctypes.c_size_t]
-    glibc.free.argtypes = [ctypes.c_void_p]
-    glibc.free(glibc.malloc(_PRIMING_BLOCK_BYTES))
     return Tuning(True, "freed memory is kept for the next message")
 
 
-def _address(function: Any) -> int | None:
-    return ctypes.cast(function, ctypes.c_void_p).value
+class _MallInfo(ctypes.Structure):
+    """What mallinfo(3) returns. Its int fields wrap around at 4 GiB."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    )
+
+
+def _allocated_bytes(process: ctypes.CDLL) -> int:
+    """How many bytes glibc's allocator has given out, modulo 4 GiB."""
+    process.mallinfo.restype = _MallInfo
+    found = process.mallinfo()
+    return int(found.uordblks) + int(found.hblkhd)
 
 
 def libc() -> str:

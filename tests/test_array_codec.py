@@ -5,13 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import msgpack
-import numpy as np
-import pytest
-from google.protobuf.message import DecodeError
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-
 from grpc_batcher import _arrays
 from grpc_batcher._arrays import ArrayError, ArrayRequest, Field, RequestReader
 from grpc_batcher._proto.mukoe_batcher_pb2 import (
@@ -23,6 +16,13 @@ from grpc_batcher._proto.mukoe_batcher_pb2 import (
     MukoeResponse,
     Representations,
 )
+
+import msgpack
+import numpy as np
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 # What protobuf raises; the latter two out of 3.20, in plain Python and in C++.
 BROKEN = (DecodeError, UnicodeDecodeError, SystemError)

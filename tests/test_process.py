@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import importlib.metadata
 import os
 import re
@@ -183,6 +184,33 @@ def test_nothing_is_done_to_glibcs_memory_before_something_is_sent_or_served(tmp
         print(grpc_batcher.info()["memory"])
     """
     assert run_program(tmp_path, program) == ["left alone: this process has neither sent nor served a request"]
+
+
+TELL_MEMORY = """
+    import grpc_batcher
+    {before}
+    grpc_batcher._process.prepare_to_use_grpc()
+    print(grpc_batcher.info()["memory"])
+"""
+
+
+@needs_glibc
+def test_a_program_that_has_freed_a_large_array_is_recognised_as_glibcs(tmp_path: Path) -> None:
+    """Its next large block comes from the heap, instead of being mapped on its own."""
+    program = TELL_MEMORY.format(before="bytearray(31 * 2**20)")
+    assert run_program(tmp_path, program) == ["tuned: freed memory is kept for the next message"]
+
+
+ALLOCATORS = [name for name in map(ctypes.util.find_library, ("jemalloc", "tcmalloc", "mimalloc")) if name]
+
+
+@needs_glibc
+@pytest.mark.skipif(not ALLOCATORS, reason="no other allocator is installed here")
+def test_another_allocator_in_glibcs_place_is_left_alone(tmp_path: Path) -> None:
+    program = TELL_MEMORY.format(before="")
+    assert run_program(tmp_path, program, environment={"LD_PRELOAD": ALLOCATORS[0]}) == [
+        "left alone: another allocator replaces glibc's"
+    ]
 
 
 # ---- info ----
