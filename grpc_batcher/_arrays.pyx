@@ -1,13 +1,13 @@
 # cython: autotestdict=False, auto_pickle=False
 """Packed arrays: reads requests that hold them, gathers their rows, and writes answers, with one copy of the data each.
 
-A packed array is a msgpack array of three: the shape, the name of the dtype, and the bytes in C order. What msgpack may
-encode in several ways is read in all of them, and written in the shortest.
+A packed array is a msgpack array of three: the shape, the name of the dtype, and the bytes in C order. Readers accept
+every form that msgpack allows; writers choose the shortest.
 
-Nothing here knows numpy. Where the data lies is a buffer, and a dtype is a name with an item size.
+Nothing here knows numpy. Data comes as buffers, and a dtype is a name with an item size.
 
-Messages are read as in `_wire.pyx`: only those of the plain shape that writers produce; for others the readers return
-None, and protobuf is to be asked. The encodings are described at https://github.com/msgpack/msgpack/blob/master/spec.md
+As in `_wire.pyx`, the readers accept only messages of the plain shape that writers produce. For anything else they
+return None, and the caller asks protobuf. The encodings are described at https://github.com/msgpack/msgpack/blob/master/spec.md
 and https://protobuf.dev/programming-guides/encoding/.
 """
 cimport cython

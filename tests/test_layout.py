@@ -21,7 +21,7 @@ FORBIDDEN = {
     "_server": {"_client", "_cli"},
     "_client": {"_server", "_cli"},
     "_transport": {"_server", "_client", "_cli"},
-    **dict.fromkeys(("_core", "_wire", "_contract", "_errors", "_process", "_models"), FOLDERS),
+    **dict.fromkeys(("_arrays", "_core", "_wire", "_contract", "_errors", "_process", "_models"), FOLDERS),
     "_info": {"_server", "_client", "_cli"},
     "prometheus": {"_client", "_transport", "_cli"},
 }
@@ -33,15 +33,15 @@ def part_of(file: Path) -> str:
 
 def files() -> list[Path]:
     """The files that somebody wrote, including those for Cython."""
-    suffixes = {".py", ".pyi", ".pyx"}
-    return sorted(file for file in PACKAGE.rglob("*.py*") if file.suffix in suffixes and part_of(file) != "_proto")
+    suffixes = {".py", ".pyi", ".pyx", ".pxd"}
+    return sorted(file for file in PACKAGE.rglob("*.p*") if file.suffix in suffixes and part_of(file) != "_proto")
 
 
 def tree_of(file: Path) -> ast.Module:
     """Parse a file. Of Cython's language only the import statements are kept."""
     text = file.read_text()
-    if file.suffix == ".pyx":
-        statements = re.findall(r"^\s*((?:from\s+\S+\s+)?c?import\s.*)$", text, re.MULTILINE)
+    if file.suffix in (".pyx", ".pxd"):
+        statements = re.findall(r"^\s*((?:from\s+\S+\s+)?c?import\s(?:\([^)]*\)|.*))$", text, re.MULTILINE)
         text = "\n".join(re.sub(r"\bcimport\b", "import", statement) for statement in statements)
     return ast.parse(text)
 
@@ -73,6 +73,7 @@ def test_imports_are_found() -> None:
     assert parts_imported_by("_server") >= {"_core", "_transport", "_models"}
     assert parts_imported_by("_models") == {"_proto", "_wire"}
     assert set(imports_of(PACKAGE / "_core.pyx")) >= {"cpython.ref.Py_INCREF"}
+    assert set(imports_of(PACKAGE / "_arrays.pyx")) >= {"libc.string.memcpy", "grpc_batcher._wire.read_varint"}
     assert "grpc_batcher._server.service.Service" in set(imports_of(PACKAGE / "_server" / "session.py"))
 
 
