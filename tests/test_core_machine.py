@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from grpc_batcher import _core
 from grpc_batcher._core import FINISHED, TAKEN, ManualClock
 
+import pytest
 import room_model
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -249,5 +250,7 @@ class CoreBesideModel(RuleBasedStateMachine):
             self.room.core.abandon()
 
 
-CoreBesideModel.TestCase.settings = settings(max_examples=300, stateful_step_count=60)
-test_the_core_behaves_as_the_model = CoreBesideModel.TestCase
+# It only computes, and takes many times as long while other tests have the processors.
+@pytest.mark.timeout(300)
+class TestTheCoreBehavesAsTheModel(CoreBesideModel.TestCase):  # type: ignore[name-defined,misc]
+    settings = settings(max_examples=300, stateful_step_count=60)

@@ -373,6 +373,8 @@ def generated_messages() -> str:
         label=FieldDescriptorProto.LABEL_OPTIONAL,
         oneof_index=0,
     )
+    # protobuf 3.20 wants the members of a oneof next to each other, as protoc writes them.
+    request.field.sort(key=lambda field: not field.HasField("oneof_index"))
     return f"""\
 from google.protobuf import descriptor_pool
 from google.protobuf.internal import builder
