@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
 SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.p* grpc_batcher/*/*.p*)
 
-OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_array_codec.py tests/test_leaks.py tests/test_docs.py tests/test_build_script.py,$(wildcard tests/test_*.py))
+OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_array_codec.py tests/test_leaks.py tests/test_docs.py tests/test_layout.py tests/test_build_script.py,$(wildcard tests/test_*.py))
 
 # How many tests run at once; most of them wait for something.
 TEST_PROCESSES ?= 4
