@@ -85,6 +85,18 @@ def test_the_environment_chooses_the_transport_and_a_debug_line_says_so(
     assert not [line for line in log if "WARNING" in line]
 
 
+def test_a_grpcio_newer_than_any_tested_uses_the_direct_transport_and_a_debug_line_says_so(tmp_path: Path) -> None:
+    newer = """
+    import grpc
+    grpc.__version__ = "9.1.0"
+    """
+    transports, log = request_program(tmp_path, break_grpcio=newer)
+    assert transports == "direct direct"
+    (line,) = [line for line in log if "newer than any" in line]
+    assert line.startswith("LOG DEBUG grpcio 9.1.0 is newer than any that was tested")
+    assert not [line for line in log if "WARNING" in line]
+
+
 def test_an_unknown_transport_is_an_error_on_import(tmp_path: Path) -> None:
     program = """
         try:
