@@ -7,7 +7,8 @@ every form that msgpack allows; writers choose the shortest.
 Nothing here knows numpy. Data comes as buffers, and a dtype is a name with an item size.
 
 As in `_wire.pyx`, the readers accept only messages of the plain shape that writers produce. For anything else they
-return None, and the caller asks protobuf. The encodings are described at https://github.com/msgpack/msgpack/blob/master/spec.md
+return None, and the caller asks protobuf. The encodings are described at
+https://github.com/msgpack/msgpack/blob/master/spec.md
 and https://protobuf.dev/programming-guides/encoding/.
 """
 cimport cython
