@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from .._contract import (
     DEFAULT_MAX_MESSAGE_BYTES,
@@ -20,8 +19,8 @@ from .._contract import (
     metadata_fault,
 )
 from .._errors import RequestError
-from .._models import read_answer, write_request
 from .connection import Connection
+from .payloads import BytesPayloads
 from .stream_pool import Loan, StreamPool
 
 # How often a request that its server did not take in is resent. Of several servers, more than one may be closing.
@@ -78,6 +77,7 @@ class MukoeBatcherClient:
                     f"interceptors contains {interceptor!r}, which is not a grpc.StreamStreamClientInterceptor"
                 )
         self._connection = Connection(server_address, max_message_bytes, credentials, options, interceptors, metadata)
+        self._payloads = BytesPayloads()
         self._pool = StreamPool(self._connection)
         self._max_resends = _MAX_RESENDS_BALANCED if self._connection.is_balanced else _MAX_RESENDS
         # For clients dropped without `close`. At exit the pool closes itself, in the right order.
@@ -104,17 +104,11 @@ class MukoeBatcherClient:
         Before anything is sent, raises TypeError or ValueError for arguments that cannot be sent, and RuntimeError on a
         closed client.
         """
-        arguments["data"] = data.encode() if isinstance(data, str) else data
+        arguments["data"] = data
         if action is not None:
             arguments["action"] = action
-        message = write_request(arguments)
-        reply = self._exchange(message, _due_ns(timeout_s))
-        try:
-            return read_answer(reply)
-        except DecodeError as error:
-            raise RequestError(
-                grpc.StatusCode.INTERNAL, f"the server's reply of {len(reply)} bytes is not a MukoeResponse: {error}"
-            ) from None
+        message = self._payloads.encode(arguments)
+        return self._payloads.decode(self._exchange(message, _due_ns(timeout_s)))
 
     def close(self) -> None:
         """Close all streams and the connection; requests in flight fail with CANCELLED. May be called again."""
