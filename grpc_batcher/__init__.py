@@ -11,15 +11,19 @@ except ImportError as error:
     ) from error
 
 from . import _process as _process  # before grpc is imported
+from ._array import Array, arrays
 from ._client.client import MukoeBatcherClient
 from ._errors import BatcherError, BindError, RequestError
 from ._info import info
+from ._server.batch import Batch
 from ._server.batcher import MukoeBatcher
 from ._server.create import create_batcher
 from ._server.metrics import Histogram, Metrics, Percentiles
 from ._version import __version__
 
 __all__ = [
+    "Array",
+    "Batch",
     "BatcherError",
     "BindError",
     "Histogram",
@@ -29,6 +33,7 @@ __all__ = [
     "Percentiles",
     "RequestError",
     "__version__",
+    "arrays",
     "create_batcher",
     "info",
 ]

@@ -93,6 +93,24 @@ class ArrayRequest:
     def size_bytes(self) -> int:
         """Bytes of the message that it keeps."""
 
+@final
+class Arena:
+    """Memory for the arrays of one batch after another, aligned to 64 bytes. It is a writable buffer of bytes.
+
+    size_bytes: at least 1.
+
+    Raises MemoryError.
+    """
+
+    def __new__(cls, size_bytes: int) -> Self: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    @property
+    def size_bytes(self) -> int:
+        """As given."""
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody holds a view of it: no array, no tensor, no other view of any of these."""
+
 def gather(requests: Iterable[ArrayRequest], field: int, target: Buffer, size: int) -> int:
     """Copy a field's rows of all requests, in order, into a buffer of `size` rows, and return how many they are.
 

@@ -12,12 +12,14 @@ https://github.com/msgpack/msgpack/blob/master/spec.md
 and https://protobuf.dev/programming-guides/encoding/.
 """
 cimport cython
-from cpython.buffer cimport PyBUF_ND, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_ND, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport UINT32_MAX, int32_t, uint32_t, uint64_t
+from libc.stdlib cimport free
 from libc.string cimport memcmp, memcpy
+from posix.stdlib cimport posix_memalign
 
 from ._wire cimport (
     KEY,
@@ -715,6 +717,46 @@ cdef class ArrayRequest:
 
 
 # Batches.
+
+cdef enum:
+    ALIGNMENT_BYTES = 64  # from which JAX uses memory in place, and which vector instructions like
+
+
+@cython.final
+@cython.no_gc
+cdef class Arena:
+    """Memory for the arrays of one batch after another, aligned to 64 bytes. It is a writable buffer of bytes.
+
+    size_bytes: at least 1.
+
+    Raises MemoryError.
+    """
+    cdef void *_memory
+    cdef readonly Py_ssize_t size_bytes
+    cdef Py_ssize_t _views
+
+    def __cinit__(self, Py_ssize_t size_bytes):
+        if size_bytes < 1:
+            raise ValueError(f"size_bytes is {size_bytes}; it must be at least 1")
+        if posix_memalign(&self._memory, ALIGNMENT_BYTES, size_bytes) != 0:
+            raise MemoryError(f"{size_bytes} bytes for the arrays of a batch")
+        self.size_bytes = size_bytes
+
+    def __dealloc__(self):
+        free(self._memory)
+
+    @property
+    def is_free(self):
+        """Whether nobody holds a view of it: no array, no tensor, no other view of any of these."""
+        return self._views == 0
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self._memory, self.size_bytes, 0, flags)
+        self._views += 1
+
+    def __releasebuffer__(self, Py_buffer *view):
+        self._views -= 1
+
 
 cdef struct copy_t:
     unsigned char *target

@@ -333,7 +333,8 @@ cdef class WaitingRoom:
     **What blocks.** Only `take_batch` and `Ticket.wait`, both without holding the GIL:
 
     take_batch: until a batch is due. A push, a stream or room that closes, an expired request and the passing of time
-        can make one due. It returns None once the room is closed and no request is waiting.
+        can make one due. It returns None once the room is closed and no request is waiting. `nudge` makes it return
+        without a batch.
     Ticket.wait: until the request ends.
 
     **Closing.** After `close`, `push` raises RoomClosedError, waiting requests are due at once, and batches that were
@@ -369,6 +370,7 @@ cdef class WaitingRoom:
     cdef int64_t _batched_rows             # rows of those requests
     cdef int64_t _takers                   # threads that sleep in take_batch
     cdef int64_t _taker_wakes_ns           # when the one that fell asleep last wakes by itself
+    cdef bint _nudged                      # the taker is to return without a batch
     cdef int64_t _closed                   # 0 or 1
 
     def __cinit__(self):
@@ -449,6 +451,7 @@ cdef class WaitingRoom:
         """Block, without the GIL, until a batch is due, and take it.
 
         Returns (reason, tickets), with the oldest ticket first, or None once the room is closed and nothing is waiting.
+        After a `nudge`, returns ("nudge", []) instead.
 
         On the main thread, signal handlers run meanwhile. If one raises, this raises that, and no request is lost.
         """
@@ -456,15 +459,25 @@ cdef class WaitingRoom:
         cdef ticket_t *expired
         cdef Reason reason
         cdef bint over = False
+        cdef bint nudged = False
         cdef bint check_signals = in_main_thread()
         while True:
             batch = expired = NULL
             with nogil:
-                reason = self._await_batch(check_signals, &batch, &expired, &over)
+                reason = self._await_batch(check_signals, &batch, &expired, &over, &nudged)
+            if nudged:
+                return "nudge", []
             taken = self._hand_out(reason, batch, expired)
             if taken is not None or over:
                 return taken
             PyErr_CheckSignals()
+
+    def nudge(self):
+        """Have `take_batch` return without a batch: now if a thread is in it, otherwise the next time it is called."""
+        self._lock()
+        self._nudged = True
+        pthread_cond_signal(&self._due_sooner)
+        self._unlock()
 
     def finish(self, tickets, outcomes):
         """Give each taken ticket its outcome (any object), all at the same moment, and wake the threads that wait.
@@ -706,17 +719,20 @@ cdef class WaitingRoom:
         return state
 
     cdef Reason _await_batch(
-        self, bint check_signals, ticket_t **batch, ticket_t **expired, bint *over
+        self, bint check_signals, ticket_t **batch, ticket_t **expired, bint *over, bint *nudged
     ) noexcept nogil:
         """Wait until a batch is due, and take it.
 
-        Returns without one if the room is closed and empty (`over`), if tickets expired, or to check for signals. The
-        ring's references to the tickets in `batch` and `expired` are then the caller's.
+        Returns without one if the room is closed and empty (`over`), if it was `nudged`, if tickets expired, or to
+        check for signals. The ring's references to the tickets in `batch` and `expired` are then the caller's.
         """
         cdef int64_t now_ns, wake_ns
-        cdef Reason reason
+        cdef Reason reason = NOT_DUE
         pthread_mutex_lock(&self._mutex)
         while True:
+            nudged[0], self._nudged = self._nudged, False
+            if nudged[0]:
+                break
             now_ns = self._now_ns()
             reason = self._pop_if_due(now_ns, batch, expired)
             over[0] = self._closed and self._waiting == 0

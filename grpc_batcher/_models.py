@@ -82,7 +82,15 @@ class Model:
         except (KeyError, ValueError):
             return None
 
-    def _read_with_protobuf(self, message: bytes) -> tuple[Any, ...]:
+    def field_numbers(self) -> dict[str, int]:
+        """Return the number of its message in MukoeRequest, and those of its arguments in that message."""
+        field = MukoeRequest.DESCRIPTOR.fields_by_name[self.message_field]
+        assert field.message_type is not None
+        parts = field.message_type.fields_by_name
+        return {self.message_field: field.number, **{name: parts[name].number for name in self.arguments}}
+
+    def parse(self, message: bytes) -> MukoeRequest:
+        """Return a request of this kind as protobuf reads it. Raises BadRequestError."""
         try:
             request = MukoeRequest.FromString(message)
         except _BROKEN_MESSAGE as error:
@@ -93,7 +101,10 @@ class Model:
                 f"the request holds {kind or 'no request_type'}; this batcher serves {self.name!r} and takes "
                 f"{self.message_field}"
             )
-        body = getattr(request, self.message_field)
+        return request
+
+    def _read_with_protobuf(self, message: bytes) -> tuple[Any, ...]:
+        body = getattr(self.parse(message), self.message_field)
         return tuple([getattr(body, name) for name in self.arguments])
 
     def _write_with_protobuf(self, arguments: Mapping[str, Any]) -> bytes:
@@ -118,6 +129,9 @@ MODELS = {
     )
 }
 
+# Its arguments are the names that a batcher declares, so it is not among those that send_request knows by theirs.
+ARRAYS = Model("arrays", "arrays", ())
+
 _BY_ARGUMENTS = {frozenset(model.arguments): model for model in MODELS.values()}
 if len(_BY_ARGUMENTS) != len(MODELS):
     raise ValueError("two models take the same arguments; send_request could not tell them apart")
@@ -135,10 +149,23 @@ def write_request(arguments: Mapping[str, Any]) -> bytes:
     return model.write_request(arguments)
 
 
-def check_result(result: Any) -> Answer:
+def check_int32(name: str, value: Any) -> int:
+    """Return a value as an int. Raises TypeError or ValueError unless it is an int32."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {_describe(value)}; it must be an int") from None
+    if not INT32_MIN <= number <= INT32_MAX:
+        raise ValueError(f"{name} is {number}, which does not fit an int32")
+    return number
+
+
+def check_result(result: Any, default_step: int = 0) -> Answer:
     """Return what a callback gave for one request, as an answer that no later change of it affects.
 
-    Raises BadResultError unless it is a pair of a dictionary of `bytes` and an int32.
+    default_step: what None stands for.
+
+    Raises BadResultError unless it is a pair of a dictionary of `bytes` and an int32 or None.
     """
     if type(result) is tuple and len(result) == 2 and (answer := _plain_answer(*result)) is not None:
         return answer
@@ -160,12 +187,9 @@ def check_result(result: Any) -> Answer:
     if len(copy) != len(dictionary):
         raise BadResultError(f"has keys that are equal as text: {list(dictionary)!r:.200}")
     try:
-        step = operator.index(step)
-    except TypeError:
-        raise BadResultError(f"must have an int for its step; it has {_describe(step)}") from None
-    if not INT32_MIN <= step <= INT32_MAX:
-        raise BadResultError(f"has the step {step}, which does not fit an int32")
-    return Answer(copy, step)
+        return Answer(copy, default_step if step is None else check_int32("step", step))
+    except (TypeError, ValueError) as error:
+        raise BadResultError(f"has a step that cannot be sent: {error}") from None
 
 
 def _plain_answer(dictionary: Any, step: Any) -> Answer | None:

@@ -59,7 +59,12 @@ class BatcherCollector(Collector):
         batches = CounterMetricFamily(
             "grpc_batcher_batches", "Batches taken, by the reason they left.", labels=(*_LABELS, "reason")
         )
-        sizes = HistogramMetricFamily("grpc_batcher_batch_size", "Requests in a batch.", labels=_LABELS)
+        sizes = HistogramMetricFamily("grpc_batcher_batch_size", "Rows of a batch, without padding.", labels=_LABELS)
+        padded = CounterMetricFamily(
+            "grpc_batcher_padded_rows",
+            "Rows added to batches of arrays, to make them as large as allowed.",
+            labels=_LABELS,
+        )
         waits = HistogramMetricFamily(
             "grpc_batcher_waiting_seconds", "From a request's arrival until its batch was taken.", labels=_LABELS
         )
@@ -76,6 +81,8 @@ class BatcherCollector(Collector):
             "grpc_batcher_waiting_bytes", "Bytes of the requests waiting for a batch.", labels=_LABELS
         )
         streams = GaugeMetricFamily("grpc_batcher_open_streams", "Callers' streams that are open.", labels=_LABELS)
+        step = GaugeMetricFamily("grpc_batcher_step", "The step of the weights published last.", labels=_LABELS)
+        step_age = GaugeMetricFamily("grpc_batcher_step_age_seconds", "Time since they were published.", labels=_LABELS)
         ready = GaugeMetricFamily("grpc_batcher_ready", "1 while the batcher is serving, else 0.", labels=_LABELS)
         for batcher in self._batchers:
             metrics = batcher.metrics()
@@ -86,14 +93,19 @@ class BatcherCollector(Collector):
             for reason, count in metrics.batches.items():
                 batches.add_metric((*labels, reason), count)
             _add(sizes, labels, metrics.batch_sizes)
+            padded.add_metric(labels, metrics.padded_rows)
             _add(waits, labels, metrics.waiting_histogram_s)
             _add(callbacks, labels, metrics.callback_histogram_s)
             _add(totals, labels, metrics.end_to_end_histogram_s)
             waiting.add_metric(labels, metrics.waiting)
             waiting_bytes.add_metric(labels, metrics.waiting_bytes)
             streams.add_metric(labels, metrics.open_streams)
+            if metrics.step is not None and metrics.step_age_s is not None:
+                step.add_metric(labels, metrics.step)
+                step_age.add_metric(labels, metrics.step_age_s)
             ready.add_metric(labels, batcher.is_server_ready())
-        yield from (requests, batches, sizes, waits, callbacks, totals, waiting, waiting_bytes, streams, ready)
+        yield from (requests, batches, sizes, padded, waits, callbacks, totals)
+        yield from (waiting, waiting_bytes, streams, step, step_age, ready)
 
 
 def _port_of(batcher: MukoeBatcher) -> str:

@@ -7,14 +7,20 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from grpc_batcher._models import Answer
-from grpc_batcher._server.callback import Failure, outcomes_of
+from grpc_batcher._models import MODELS, Answer
+from grpc_batcher._server.byte_callback import ByteCallback
+from grpc_batcher._server.callback import Failed
 from grpc_batcher._server.delivery import Delivery
+from grpc_batcher._server.published import Published
 
 import grpc
 import numpy as np
 import pytest
 from serving import answer, connect, echo, error_of, eventually, in_background, serving
+
+
+def outcomes_of(callback: Any, requests: list[bytes]) -> list[Any]:
+    return ByteCallback(callback, MODELS["repr"], Published(), warm_up_requests=()).outcomes_of(requests)
 
 
 def consumed(requests: list[Any]) -> list[Any]:
@@ -41,7 +47,7 @@ def test_a_callback_may_consume_or_pad_its_list(callback: Any) -> None:
 def test_a_callback_that_empties_its_list_and_fails_still_fails_each_request_once(callback: Any) -> None:
     outcomes = outcomes_of(callback, [b"a", b"b"])
     assert len(outcomes) == 2
-    assert all(isinstance(outcome, Failure) for outcome in outcomes)
+    assert all(isinstance(outcome, Failed) for outcome in outcomes)
 
 
 def test_a_sequence_that_yields_more_than_its_length_fails_the_batch() -> None:
@@ -55,7 +61,7 @@ def test_a_sequence_that_yields_more_than_its_length_fails_the_batch() -> None:
             return {}, 0
 
     (outcome,) = outcomes_of(lambda requests: Liar(), [b"a"])
-    assert outcome == Failure("the callback must return one result per request; its Liar holds 3")
+    assert outcome == Failed("the callback must return one result per request; its Liar holds 3")
 
 
 def test_numpys_bytes_and_str_are_accepted_as_bytes_and_str() -> None:

@@ -194,7 +194,7 @@ def test_serve_has_an_option_for_every_parameter_of_create_batcher_with_its_defa
     options = {option.name: option for option in COMMANDS["serve"].params}
     required = {"functions:echo", "--model=repr", "--batch-size=1", "--batch-timeout-s=0"}
     parsed = COMMANDS["serve"].make_context("serve", sorted(required, reverse=True)).params
-    given_otherwise = {"num_threads", "batch_process_fn", "credentials", "interceptors", "health"}
+    given_otherwise = {"num_threads", "batch_process_fn", "credentials", "interceptors", "health", "arrays"}
     for name, parameter in inspect.signature(create_batcher).parameters.items():
         if name not in given_otherwise:
             assert options[name].required == (parameter.default is inspect.Parameter.empty), name

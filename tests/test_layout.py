@@ -21,7 +21,7 @@ FORBIDDEN = {
     "_server": {"_client", "_cli"},
     "_client": {"_server", "_cli"},
     "_transport": {"_server", "_client", "_cli"},
-    **dict.fromkeys(("_arrays", "_core", "_wire", "_contract", "_errors", "_process", "_models"), FOLDERS),
+    **dict.fromkeys(("_arrays", "_core", "_wire", "_contract", "_errors", "_process", "_models", "_array"), FOLDERS),
     "_info": {"_server", "_client", "_cli"},
     "prometheus": {"_client", "_transport", "_cli"},
 }

@@ -25,7 +25,15 @@ def recorder(batch_size: int = 8, *, timed: bool = True) -> Recorder:
 
 def snapshot(of: Recorder) -> Any:
     return of.snapshot(
-        model="repr", batches={"full": 0}, batched_requests=0, waiting=0, waiting_bytes=0, open_streams=0
+        model="repr",
+        batches={"full": 0},
+        batched_requests=0,
+        batched_rows=0,
+        waiting=0,
+        waiting_bytes=0,
+        open_streams=0,
+        step=None,
+        step_age_s=None,
     )
 
 
@@ -254,6 +262,7 @@ def test_a_collector_without_a_batcher_is_refused() -> None:
 
 def test_the_page_lists_exactly_the_metrics_of_a_scrape_with_their_types_and_labels() -> None:
     with serving() as batcher, connect(batcher) as client:
+        batcher.publish("weights", step=1)  # or two of them have no sample
         client.send_request(b"x")
         families = scraped(batcher)
     given = {}

@@ -9,13 +9,16 @@ from typing import Any
 
 from grpc_batcher import _core
 from grpc_batcher._models import MODELS, Answer, read_answer
+from grpc_batcher._server.byte_callback import ByteCallback
 from grpc_batcher._server.metrics import Recorder
+from grpc_batcher._server.published import Published
 from grpc_batcher._server.service import Service
 from grpc_batcher._server.session import Session
 from grpc_batcher._transport.interface import StreamEnd
 
 import grpc
 import pytest
+from serving import echo
 
 REQUEST = MODELS["repr"].write_request({"data": b"hi"})
 NO_DEADLINE = SimpleNamespace(time_remaining=lambda: None)
@@ -61,13 +64,22 @@ class Source:
 @pytest.fixture
 def service() -> Service:
     room = _core.WaitingRoom(batch_size=1, window_ns=0, capacity=2)
-    return Service(room, MODELS["repr"], Recorder(timed=True, batch_size=1), max_streams=2)
+    callback = ByteCallback(echo, MODELS["repr"], Published(), warm_up_requests=())
+    return Service(room, callback, Recorder(timed=True, batch_size=1), max_streams=2)
 
 
 def counts(service: Service) -> dict[str, int]:
-    batches, batched, _batched_rows = service.room.batches()
+    batches, batched, batched_rows = service.room.batches()
     snapshot = service.recorder.snapshot(
-        model="repr", batches=batches, batched_requests=batched, waiting=0, waiting_bytes=0, open_streams=0
+        model="repr",
+        batches=batches,
+        batched_requests=batched,
+        batched_rows=batched_rows,
+        waiting=0,
+        waiting_bytes=0,
+        open_streams=0,
+        step=None,
+        step_age_s=None,
     )
     return dict(snapshot.requests)
 
@@ -145,13 +157,13 @@ def test_a_bad_request_whose_caller_leaves_meanwhile_is_counted_once(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = Session(service, NO_DEADLINE)
-    read_request = type(service.model).read_request
+    read_request = service.callback.read_request
 
-    def close_and_read(model: Any, message: bytes) -> Any:
+    def close_and_read(message: bytes) -> Any:
         session.close()
-        return read_request(model, message)
+        return read_request(message)
 
-    monkeypatch.setattr(type(service.model), "read_request", close_and_read)
+    monkeypatch.setattr(service.callback, "read_request", close_and_read)
     with pytest.raises(StreamEnd):
         session.exchange(b"\xff")
     assert counts(service) == {"INVALID_ARGUMENT": 1}

@@ -51,6 +51,14 @@ def _seconds(value: Any, allowed: str, is_good: Callable[[float], bool]) -> floa
     return number
 
 
+def sizes(value: Any) -> list[int]:
+    """Parse numbers separated by commas. Raises BadParameter."""
+    try:
+        return [int(number) for number in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 1,4,16.") from None
+
+
 class KeyValue(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     """Metadata as key=value; in an environment variable, one per line. Errors never show values: they may be secret."""
 

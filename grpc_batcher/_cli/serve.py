@@ -21,10 +21,10 @@ import grpc
 
 from .._contract import is_unix_socket
 from .._errors import BatcherError
-from .._models import MODELS
+from .._models import ARRAYS, MODELS
 from .._server.batcher import MukoeBatcher
 from .._server.create import create_batcher
-from .options import FILE, Failure, read_certificates, read_pair, seconds
+from .options import FILE, Failure, read_certificates, read_pair, seconds, sizes
 
 _logger = logging.getLogger("grpc_batcher")
 
@@ -34,8 +34,21 @@ _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(cr
 # Options named like a parameter of create_batcher are passed on, and checked there.
 @click.command(short_help="Serve a function.")
 @click.argument("function", metavar="MODULE:FUNCTION", envvar="GRPC_BATCHER_SERVE_FUNCTION")
-@click.option("--model", type=click.Choice(list(MODELS)), required=True, help="The kind of request to serve.")
-@click.option("--batch-size", type=int, required=True, help="The most requests that the function gets at once.")
+@click.option("--model", type=click.Choice([*MODELS, ARRAYS.name]), required=True, help="The kind of request to serve.")
+@click.option(
+    "--batch-size", type=int, required=True, help="The most requests, or rows, that the function gets at once."
+)
+@click.option(
+    "--batch-sizes",
+    type=sizes,
+    metavar="SIZES",
+    help="How many rows a function with declared arrays may get, such as 1,4,16. Default: every number.",
+)
+@click.option(
+    "--warm-up/--no-warm-up",
+    default=_DEFAULTS["warm_up"],
+    help="Call a function with declared arrays once per size before the port is open.",
+)
 @click.option(
     "--batch-timeout-s",
     type=float,
@@ -122,6 +135,7 @@ def serve(
     """Serve a FUNCTION of MODULE, as in `serve package.module:function`, importing it from the current folder.
 
     It gets a list of requests and returns a list with one (dictionary, step) for each, like create_batcher's callback.
+    If the decorator grpc_batcher.arrays declares its arrays, it gets a Batch.
     SIGTERM or SIGINT ends the server: it answers the requests that it has taken in, and the status is 0.
     MODULE:FUNCTION can also be set by GRPC_BATCHER_SERVE_FUNCTION.
     """

@@ -19,6 +19,7 @@ from .._contract import (
     metadata_fault,
 )
 from .._errors import RequestError
+from .array_payloads import ArrayPayloads
 from .connection import Connection
 from .payloads import BytesPayloads
 from .stream_pool import Loan, StreamPool
@@ -38,12 +39,13 @@ class MukoeBatcherClient:
         "round_robin"), or a service config that says so, new streams go to all servers of the address in turn.
     interceptors: gRPC client interceptors. They put this client on the public transport.
     metadata: pairs to send as each stream opens, for instance a token.
+    arrays: whether requests and answers are numpy arrays, for a batcher that declares its arrays. The default is bytes.
 
     Nothing is sent, and no connection made, before the first request. Any number of threads may share a client; each
     request in flight has its own stream, which is kept for later requests and closed after a minute without one. A
     client can be pickled. After a fork, the child opens its own streams (docs/production.md says what gRPC allows).
 
-    Raises ValueError or TypeError naming the argument and what is allowed.
+    Raises ValueError or TypeError naming the argument and what is allowed; for `arrays` ImportError without numpy.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class MukoeBatcherClient:
         options: Iterable[tuple[str, Any]] = (),
         interceptors: Iterable[grpc.StreamStreamClientInterceptor] = (),
         metadata: Iterable[tuple[str, str | bytes]] = (),
+        arrays: bool = False,
     ) -> None:
         options, metadata = as_tuple("options", options), as_tuple("metadata", metadata)
         interceptors = as_tuple("interceptors", interceptors)
@@ -77,7 +80,7 @@ class MukoeBatcherClient:
                     f"interceptors contains {interceptor!r}, which is not a grpc.StreamStreamClientInterceptor"
                 )
         self._connection = Connection(server_address, max_message_bytes, credentials, options, interceptors, metadata)
-        self._payloads = BytesPayloads()
+        self._payloads: BytesPayloads | ArrayPayloads = ArrayPayloads() if arrays else BytesPayloads()
         self._pool = StreamPool(self._connection)
         self._max_resends = _MAX_RESENDS_BALANCED if self._connection.is_balanced else _MAX_RESENDS
         # For clients dropped without `close`. At exit the pool closes itself, in the right order.
@@ -89,24 +92,39 @@ class MukoeBatcherClient:
         return self._pool.transport
 
     def send_request(
-        self, data: Any, action: int | None = None, *, timeout_s: float | None = None, **arguments: Any
-    ) -> tuple[dict[str, bytes], int]:
+        self,
+        data: Any = None,
+        action: int | None = None,
+        *,
+        rows: bool = False,
+        timeout_s: float | None = None,
+        **arguments: Any,
+    ) -> tuple[dict[str, Any], int]:
         """Send one request, wait for its answer and return it.
 
-        data: bytes, a str (sent as UTF-8), or anything with a buffer, such as a numpy array (sent in C order).
+        data: bytes, a str (sent as UTF-8), or anything with a buffer, such as a numpy array (sent in C order). With
+            `arrays`, anything that numpy.asarray takes: one row of the shape that the batcher declares, or several
+            rows, along a first axis.
         action: an int32, for "dyna"; None for "repr".
+        rows: with `arrays`, whether the first axis is rows even if there is only one. The answer then has that axis, as
+            it always does for several rows.
         timeout_s: how long to wait for the answer, in seconds; None waits as long as it takes.
-        arguments: what the messages of further kinds of model hold.
+        arguments: for "arrays", the arrays by their names, instead of data and action. Otherwise, what the messages of
+            further kinds of model hold.
 
-        Returns the dictionary and the step that the callback gave for this request.
+        Returns the dictionary and the step that the callback gave for this request. Its values are bytes; with
+        `arrays`, numpy arrays, which are the caller's to change.
 
         Raises RequestError (a grpc.RpcError, with `code()` and `details()`) if the request ended without an answer.
         Before anything is sent, raises TypeError or ValueError for arguments that cannot be sent, and RuntimeError on a
         closed client.
         """
-        arguments["data"] = data
         if action is not None:
-            arguments["action"] = action
+            arguments = {"action": action, **arguments}
+        if data is not None:
+            arguments = {"data": data, **arguments}
+        if rows:
+            arguments["rows"] = True
         message = self._payloads.encode(arguments)
         return self._payloads.decode(self._exchange(message, _due_ns(timeout_s)))
 
@@ -133,6 +151,7 @@ class MukoeBatcherClient:
             "max_message_bytes": connection.max_message_bytes,
             "options": connection.options,
             "metadata": connection.metadata,
+            "arrays": isinstance(self._payloads, ArrayPayloads),
         }
         return _unpickle, (connection.address, options)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from .. import _core
-from .callback import Failure, outcomes_of
+from .callback import Callback, Failed
 from .delivery import Delivery
 from .metrics import Recorder
 
@@ -23,7 +26,7 @@ class BatchLoop:
     def __init__(
         self,
         room: _core.WaitingRoom,
-        callback: Callable[[list[Any]], Sequence[Any]],
+        callback: Callback,
         recorder: Recorder,
         delivery: Delivery,
         on_failure: Callable[[BaseException], None],
@@ -33,40 +36,107 @@ class BatchLoop:
         self._recorder = recorder
         self._delivery = delivery
         self._on_failure = on_failure
-        self._thread = threading.Thread(target=self._run, name="grpc_batcher-batch", daemon=True)
+        self._thread: threading.Thread | None = None
+        self._warm: Future[None] = Future()
+        self._may_serve: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._between: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._lock = threading.RLock()  # makes "not ended" and "queued" one step in between_batches
+        self._has_ended = False
 
-    def start(self) -> None:
-        """Start the thread. Raises RuntimeError if the system has none left."""
-        self._thread.start()
+    def warm_up(self) -> Future[None]:
+        """Start the thread, which warms the callback up. It then waits for `serve`, or for `cancel`.
+
+        Returns a future that is done when the callback is warm, or has the error. In the second case the thread ends,
+        and this may be called again. Raises RuntimeError if the system has no thread left.
+        """
+        self._warm = Future()
+        self._may_serve = queue.SimpleQueue()
+        thread = threading.Thread(
+            target=self._run, args=(self._warm, self._may_serve), name="grpc_batcher-batch", daemon=True
+        )
+        thread.start()
+        self._thread = thread
+        return self._warm
+
+    def serve(self) -> None:
+        """Have the thread take batches, once it is warm."""
+        self._may_serve.put(True)
+
+    def cancel(self) -> None:
+        """Have the thread end without taking a batch. If it is warm, wait until it has."""
+        self._may_serve.put(False)
+        if self._thread is not None and self._warm.done():
+            self._thread.join()
 
     def join(self, timeout_s: float) -> None:
         """Wait until the loop has ended, for `timeout_s` seconds at most."""
-        if not self.is_current_thread():
+        if self._thread is not None and not self.is_current_thread():
             self._thread.join(timeout_s)
 
     def is_current_thread(self) -> bool:
         """Whether the batch thread is the caller."""
         return threading.current_thread() is self._thread
 
-    def _run(self) -> None:
+    def between_batches(self, function: Callable[[], Any]) -> Future[Any]:
+        """Have a function called on the batch thread. Raises RuntimeError once the loop has ended."""
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._has_ended:
+                raise RuntimeError("this batcher was shut down")
+            self._between.append((future, function))
+        self._room.nudge()
+        return future
+
+    def end(self) -> None:
+        """Cancel what is still to be called between batches, and take nothing more."""
+        with self._lock:
+            self._has_ended = True
+        while self._between:
+            self._between.popleft()[0].cancel()
+
+    def _run(self, warm: Future[None], may_serve: queue.SimpleQueue[bool]) -> None:
+        try:
+            self._call_between()
+            self._callback.warm_up()
+        except BaseException as error:
+            warm.set_exception(error)
+            return
+        warm.set_result(None)
+        if not may_serve.get():
+            return
         try:
             while (taken := self._room.take_batch()) is not None:
                 _reason, tickets = taken
-                self._process(tickets)
+                if tickets:
+                    self._process(tickets)
                 del taken, tickets  # a batcher that waits keeps nothing alive
+                self._call_between()
         except BaseException as error:
             self._on_failure(error)
+        finally:
+            self.end()
+
+    def _call_between(self) -> None:
+        while self._between:
+            future, function = self._between.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:
+                    future.set_exception(error)
+            del future, function
 
     def _process(self, tickets: list[_core.Ticket]) -> None:
         timed = self._recorder.timed
         waits_ns = [ticket.taken_ns - ticket.pushed_ns for ticket in tickets] if timed else ()
-        self._recorder.batch_taken(len(tickets), waits_ns)
+        self._recorder.batch_taken(sum([ticket.rows for ticket in tickets]), waits_ns)
         begin_ns = time.monotonic_ns() if timed else 0
         try:
-            outcomes = outcomes_of(self._callback, [ticket.request for ticket in tickets])
+            outcomes = self._callback.outcomes_of([ticket.request for ticket in tickets])
         except BaseException as error:  # from a log handler, for instance: it costs this batch and not the server
-            outcomes = [Failure(f"the batcher failed: {type(error).__name__}")] * len(tickets)
+            outcomes = [Failed(f"the batcher failed: {type(error).__name__}")] * len(tickets)
         if timed:
-            self._recorder.callback_timed(time.monotonic_ns() - begin_ns)
+            encoding_ns = self._callback.encoding_ns
+            self._recorder.callback_timed(time.monotonic_ns() - begin_ns - encoding_ns, encoding_ns)
         self._room.finish(tickets, outcomes)
         self._delivery.deliver(tickets)

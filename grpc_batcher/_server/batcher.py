@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
 import grpc
 
 from .. import _core
+from .._array import Array
 from .._contract import check_duration
 from .._errors import BatcherError
 from .._models import Model
 from .._transport import choice
 from . import signals_and_exit
+from .array_callback import ArrayCallback
+from .byte_callback import ByteCallback
+from .callback import Callback
 from .life_cycle import LifeCycle
 from .listening import address_of
 from .metrics import Metrics, Recorder, summary
+from .published import Published
 from .service import Service
 from .standard_services import StandardServices
 
@@ -32,7 +39,10 @@ class MukoeBatcher:
         self,
         *,
         model: Model,
-        batch_process_fn: Callable[[list[Any]], Sequence[Any]],
+        batch_process_fn: Callable[[Any], Any],
+        arrays: Mapping[str, Array] | None,
+        batch_sizes: Sequence[int],
+        warm_up: Sequence[Any] | bool,
         batch_size: int,
         batch_timeout_s: float,
         host: str,
@@ -58,9 +68,18 @@ class MukoeBatcher:
             leave_early=leave_early,
         )
         self._recorder = Recorder(timed=track_metrics, batch_size=batch_size)
+        self._published = Published()
+        callback: Callback
+        if arrays is None:
+            requests = () if isinstance(warm_up, bool) else warm_up
+            callback = ByteCallback(batch_process_fn, model, self._published, requests)
+        else:
+            callback = ArrayCallback(
+                batch_process_fn, model, arrays, batch_sizes, self._published, self._recorder, warms_up=bool(warm_up)
+            )
         self._life = LifeCycle(
-            Service(self._room, model, self._recorder, max_streams),
-            batch_process_fn,
+            Service(self._room, callback, self._recorder, max_streams),
+            model_name=model.name,
             host=host,
             port=port,
             max_message_bytes=max_message_bytes,
@@ -73,10 +92,10 @@ class MukoeBatcher:
     # ---- life cycle ----
 
     def start(self) -> None:
-        """Listen and serve. The batcher is ready when this returns.
+        """Warm the callback up if that was asked for, then listen and serve. The batcher is ready when this returns.
 
-        Raises BindError if the address is not available, and RuntimeError if the batcher was started or shut down
-        before.
+        Raises BindError if the address is not available, whatever the callback raises as it warms up, and RuntimeError
+        if the batcher was started or shut down before.
         """
         self._life.start()
 
@@ -130,6 +149,31 @@ class MukoeBatcher:
     ) -> None:
         self.shutdown()
 
+    # ---- weights ----
+
+    def publish(self, weights: Any, *, step: int) -> None:
+        """Replace the weights that callbacks see, from the next batch on. No batch mixes two versions.
+
+        weights: any object. Callbacks with arrays find it as `batch.weights`.
+        step: an int32, the answers' step unless the callback gives another. For callbacks that return bytes, None as a
+            result's step stands for it.
+
+        May be called from any thread and at any time, before `start` too. Raises TypeError or ValueError for a step
+        that is not an int32.
+        """
+        self._published.publish(weights, step)
+
+    def between_batches(self, fn: Callable[[], Any]) -> Future[Any]:
+        """Have a function called on the batch thread before the next batch, and return the future of its result.
+
+        Use it for what must not happen during a callback, such as loading weights in place. May be called from any
+        thread; what is asked for before `start` is called when the batcher starts, before it warms up. A shutdown
+        cancels what was not called yet.
+
+        Raises RuntimeError after a shutdown.
+        """
+        return self._life.between_batches(fn)
+
     # ---- what it tells about itself ----
 
     @property
@@ -152,14 +196,18 @@ class MukoeBatcher:
 
     def metrics(self) -> Metrics:
         """Return the counters as they are now."""
-        batches, batched_requests, _batched_rows = self._room.batches()
+        batches, batched_requests, batched_rows = self._room.batches()
+        _weights, step, published_ns = self._published.version
         return self._recorder.snapshot(
             model=self._model.name,
             batches=batches,
             batched_requests=batched_requests,
+            batched_rows=batched_rows,
             waiting=self._room.waiting,
             waiting_bytes=self._room.waiting_bytes,
             open_streams=self._room.open_streams,
+            step=None if published_ns is None else step,
+            step_age_s=None if published_ns is None else (time.monotonic_ns() - published_ns) / 1e9,
         )
 
     def print_batcher_summary(self) -> None:

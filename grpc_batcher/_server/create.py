@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import grpc
 
+from .._array import Array, declared_on, import_numpy
 from .._contract import DEFAULT_MAX_MESSAGE_BYTES, MAX_MESSAGE_BYTES, as_tuple, check_duration
-from .._models import MODELS
+from .._models import ARRAYS, MODELS, Model
 from .batcher import MukoeBatcher
 from .standard_services import StandardServices
 
 _MIN_DEFAULT_QUEUE_SIZE = 8192
+
+# Arguments of send_request, which cannot be the names of arrays.
+_RESERVED_NAMES = {"action", "data", "rows", "self", "timeout_s"}
 
 
 def create_batcher(
@@ -21,8 +25,11 @@ def create_batcher(
     batch_timeout_s: float,
     port: int = 50051,
     num_threads: int = 16,
-    batch_process_fn: Callable[[list[Any]], Sequence[Any]] | None = None,
+    batch_process_fn: Callable[[Any], Any] | None = None,
     *,
+    arrays: Mapping[str, Array] | None = None,
+    batch_sizes: Iterable[int] | None = None,
+    warm_up: bool | Sequence[Any] = False,
     track_metrics: bool = True,
     host: str = "0.0.0.0",
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
@@ -37,8 +44,9 @@ def create_batcher(
 ) -> MukoeBatcher:
     """Return a batcher, not yet started, that serves a model to many callers.
 
-    model: "repr", whose callback gets a list of bytes, or "dyna", whose callback gets a list of (bytes, int).
-    batch_size: the most requests that the callback gets at once, from 1.
+    model: "repr", whose callback gets a list of bytes, or "dyna", whose callback gets a list of (bytes, int). Or
+        "arrays", for arrays of any names.
+    batch_size: the most requests that the callback gets at once, from 1; with `arrays`, the most rows.
     batch_timeout_s: how long the oldest request waits for others to fill its batch, in seconds; 0 for not at all.
     port: the TCP port to listen on; 0 lets the system choose, and `.port` then tells.
     num_threads: accepted so that calls written for the C++ wheel work; at least 1. It limits nothing.
@@ -46,6 +54,14 @@ def create_batcher(
         Returns a list with one result per request, in order: (dictionary, step), where the values are bytes and the
         step is an int32, or an Exception instance to fail that request alone. Required, despite following optional
         parameters (the wheel's order).
+    arrays: what a request holds, by name: {"data": Array((96, 96, 3, 4), "uint8")} for "repr" and "dyna", any names for
+        "arrays". The callback then gets a `Batch`, and returns a mapping from names to arrays with a row for each of
+        the batch's, or a pair of that and a step. Anything that numpy.asarray takes is an array. None stands for what
+        the decorator `arrays` declared on the callback; without that, requests are bytes.
+    batch_sizes: how many rows the callback may get, for frameworks that compile once per shape; batch_size must be one
+        of them. Smaller batches are padded. The default is every number up to batch_size. Only with `arrays`.
+    warm_up: True calls the callback, on its thread, with zeros of each of batch_sizes before the port is open, and
+        `start` raises what it raises. Without arrays, a list of requests to call it with does the same.
     track_metrics: whether durations are measured, for `metrics()` and `print_batcher_summary()`.
     host: the address to listen on, such as "127.0.0.1" or "::1", or a unix socket such as "unix:/run/batcher.sock",
         which has no port. The default is every IPv4 interface.
@@ -63,10 +79,10 @@ def create_batcher(
         `shutdown`.
     reflection: whether to serve gRPC's reflection service as well, which tools such as grpcurl ask what there is.
 
-    Raises ValueError or TypeError naming the argument, its value and what is allowed; for `health` and `reflection`
-    ImportError naming what to install.
+    Raises ValueError or TypeError naming the argument, its value and what is allowed; for `health`, `reflection` and
+    `arrays` ImportError naming what to install.
     """
-    if not isinstance(model, str) or model not in MODELS:
+    if not isinstance(model, str) or model not in (*MODELS, ARRAYS.name):
         raise ValueError(f"Invalid model: {model}")
     for name, value, minimum, maximum in (
         ("batch_size", batch_size, 1, 2**20),
@@ -93,6 +109,13 @@ def create_batcher(
             f"batch_process_fn is {batch_process_fn!r}; it must be a function that takes a list of requests and "
             "returns a list with one (dictionary, step) for each"
         )
+    if arrays is None:
+        arrays = declared_on(batch_process_fn)
+    kind = ARRAYS if model == ARRAYS.name else MODELS[model]
+    declared = None if arrays is None else _checked_arrays(kind, arrays)
+    if declared is None and kind is ARRAYS:
+        raise ValueError("model is 'arrays', which needs arrays: declare what a request holds, by name")
+    sizes = _checked_sizes(batch_sizes, batch_size, has_arrays=declared is not None)
     if credentials is not None and not isinstance(credentials, grpc.ServerCredentials):
         raise TypeError(f"credentials is {credentials!r}; it must be a grpc.ServerCredentials, or None")
     interceptors = as_tuple("interceptors", interceptors)
@@ -100,8 +123,11 @@ def create_batcher(
         if not isinstance(interceptor, grpc.ServerInterceptor):
             raise TypeError(f"interceptors contains {interceptor!r}, which is not a grpc.ServerInterceptor")
     return MukoeBatcher(
-        model=MODELS[model],
+        model=kind,
         batch_process_fn=batch_process_fn,
+        arrays=declared,
+        batch_sizes=sizes,
+        warm_up=_checked_warm_up(warm_up, batch_size, has_arrays=declared is not None),
         batch_size=int(batch_size),
         batch_timeout_s=float(batch_timeout_s),
         host=host.strip("[]"),
@@ -116,6 +142,50 @@ def create_batcher(
         interceptors=interceptors,
         standard_services=StandardServices(health=bool(health), reflection=bool(reflection)),
     )
+
+
+def _checked_arrays(model: Model, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    if not isinstance(arrays, Mapping) or not arrays:
+        raise TypeError(f"arrays is {arrays!r:.200}; it must be a mapping from names to Arrays")
+    import_numpy()
+    for name, array in arrays.items():
+        if not isinstance(name, str) or not isinstance(array, Array):
+            raise TypeError(f"arrays has {name!r}: {array!r:.200}; it must map names to Arrays")
+        if model is ARRAYS and name in _RESERVED_NAMES:
+            raise ValueError(f"arrays has the name {name!r}, which is an argument of send_request's own; use another")
+    if model is not ARRAYS and ("data" not in model.arguments or not {*model.arguments} <= {"data", "action"}):
+        raise ValueError(f"model is {model.name!r}, which holds {', '.join(model.arguments)}; arrays need data")
+    if model is not ARRAYS and set(arrays) != {"data"}:
+        raise ValueError(f"arrays has the names {list(arrays)}; for model {model.name!r} the only name is 'data'")
+    return dict(arrays)
+
+
+def _checked_sizes(batch_sizes: Iterable[int] | None, batch_size: int, *, has_arrays: bool) -> Sequence[int]:
+    if batch_sizes is None:
+        return range(1, batch_size + 1)
+    if not has_arrays:
+        raise ValueError(f"batch_sizes is {batch_sizes!r}, but without arrays nothing is padded; give arrays, too")
+    sizes = as_tuple("batch_sizes", batch_sizes)
+    _check(
+        "batch_sizes",
+        sizes,
+        all(_is_int(size) and 1 <= size <= batch_size for size in sizes) and batch_size in sizes,
+        f"ints from 1 to batch_size ({batch_size}), which must be one of them",
+    )
+    return sorted({int(size) for size in sizes})
+
+
+def _checked_warm_up(warm_up: Any, batch_size: int, *, has_arrays: bool) -> bool | list[Any]:
+    if warm_up is False or (has_arrays and warm_up is True):
+        return warm_up
+    if has_arrays:
+        raise TypeError(f"warm_up is {warm_up!r:.200}; with arrays it must be True or False")
+    if isinstance(warm_up, (bool, str, bytes)) or not isinstance(warm_up, Sequence):
+        raise TypeError(
+            f"warm_up is {warm_up!r:.200}; without arrays it must be a list of requests to call batch_process_fn with"
+        )
+    _check("warm_up", warm_up, 1 <= len(warm_up) <= batch_size, f"a list of 1 to batch_size ({batch_size}) requests")
+    return list(warm_up)
 
 
 def _check(name: str, value: Any, is_good: bool, allowed: str) -> None:

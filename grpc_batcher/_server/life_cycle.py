@@ -6,7 +6,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import Any
 
@@ -17,12 +18,14 @@ from .._transport import choice
 from . import signals_and_exit
 from .batch_loop import BatchLoop
 from .delivery import Delivery
-from .listening import address_of, is_local, listen
+from .listening import address_of, check_available, is_local, listen
 from .service import Service
 from .standard_services import StandardServices
 from .threads import DaemonThreadPool
 
 _logger = logging.getLogger("grpc_batcher")
+
+_SHUT_DOWN_MEANWHILE = "this batcher was shut down while it started"
 
 # How long streams get to end when the server stops, so that a reply or a status just sent is not cut off.
 _STREAM_END_GRACE_S = 0.05
@@ -47,8 +50,8 @@ class LifeCycle:
     def __init__(
         self,
         service: Service,
-        callback: Callable[[list[Any]], Sequence[Any]],
         *,
+        model_name: str,
         host: str,
         port: int,
         max_message_bytes: int,
@@ -59,6 +62,7 @@ class LifeCycle:
     ) -> None:
         self.port = port
         self.failure: BaseException | None = None
+        self._model_name = model_name
         self._host = host
         self._credentials = credentials
         self._interceptors = interceptors
@@ -80,12 +84,13 @@ class LifeCycle:
             ("grpc.http2.min_ping_interval_without_data_ms", _MIN_CALLERS_INTERVAL_MS),
         )
         self._delivery = Delivery(self._room)
-        self._loop = BatchLoop(self._room, callback, service.recorder, self._delivery, self._fail)
+        self._loop = BatchLoop(self._room, service.callback, service.recorder, self._delivery, self._fail)
         self._server: grpc.Server | None = None
         self._threads = DaemonThreadPool("grpc_batcher-stream")
         # Reentrant, and no Event beside it: a signal handler may call shutdown in a thread that is in here already.
         self._changed = threading.Condition(threading.RLock())
         self._started_in_pid: int | None = None
+        self._is_starting = False
         self._shutdown_begun = False
         self._shutdown_done = False
 
@@ -99,43 +104,81 @@ class LifeCycle:
     def is_ready(self) -> bool:
         return self._started_in_pid == os.getpid() and not self._shutdown_begun
 
-    def start(self) -> None:
+    def start(self, is_unwanted: Callable[[], bool] = lambda: False) -> None:
+        """is_unwanted: asked now and then while the callback warms up, which may take minutes. If it returns True, the
+        batcher is shut down, and this returns.
+        """
         with self._changed:
-            if self._shutdown_begun:
-                raise RuntimeError("this batcher was shut down; create another")
-            if self._server is not None:
-                raise RuntimeError("this batcher was already started")
+            self._check_never_begun()
+            self._is_starting = True
+        try:
             _process.prepare_to_use_grpc()
-            server = grpc.server(
-                self._threads, handlers=(self._service,), interceptors=self._interceptors, options=self._options
-            )
-            self._standard_services.add_to(server)
-            self.port = listen(server, self._host, self.port, self._credentials)
-            server.start()
-            try:
-                self._loop.start()
-            except RuntimeError:  # no threads left, and so nothing has started
-                server.stop(None).wait()
-                raise
-            self._server = server
-            signals_and_exit.add_running(self)
-            self._started_in_pid = os.getpid()
-            self._changed.notify_all()
-            self._standard_services.say_serving(not self._shutdown_begun)
-            if self._shutdown_begun:  # by a signal handler, on this very thread
-                self._shut_down(grace_s=0)
-                raise RuntimeError("this batcher was shut down while it started")
+            check_available(self._host, self.port)  # now, rather than after minutes of warming up
+            self._warm_up(is_unwanted)
+            with self._changed:
+                if is_unwanted():
+                    self._shut_down_once(grace_s=0)
+                    return
+                if self._shutdown_begun:
+                    raise RuntimeError(_SHUT_DOWN_MEANWHILE)
+                self._listen()
+                signals_and_exit.add_running(self)
+                self._started_in_pid = os.getpid()
+                self._changed.notify_all()
+                self._standard_services.say_serving(not self._shutdown_begun)
+                if self._shutdown_begun:  # by a signal handler, on this very thread
+                    self._shut_down(grace_s=0)
+                    raise RuntimeError(_SHUT_DOWN_MEANWHILE)
+        finally:
+            self._is_starting = False
+            if self._server is None:
+                self._loop.cancel()
+        self._log_start()
+
+    def _check_never_begun(self) -> None:
+        if self._shutdown_begun:
+            raise RuntimeError("this batcher was shut down; create another")
+        if self._server is not None or self._is_starting:
+            raise RuntimeError("this batcher was already started")
+
+    def _warm_up(self, is_unwanted: Callable[[], bool]) -> None:
+        """Start the batch thread and wait until the callback is warm, or the server is no longer wanted.
+
+        Raises what the callback raises.
+        """
+        warm = self._loop.warm_up()
+        while not wait((warm,), signals_and_exit.SIGNAL_CHECK_S).done:
+            if self._shutdown_begun or is_unwanted():
+                return
+        warm.result()
+
+    def _listen(self) -> None:
+        """Open the port, and have the batch thread serve."""
+        server = grpc.server(
+            self._threads, handlers=(self._service,), interceptors=self._interceptors, options=self._options
+        )
+        self._standard_services.add_to(server)
+        self.port = listen(server, self._host, self.port, self._credentials)
+        server.start()
+        self._loop.serve()
+        self._server = server
+
+    def _log_start(self) -> None:
         address = address_of(self._host, self.port)
-        name = self._service.model.name
         with suppress(Exception):  # a log handler that raises must not fail a start that succeeded
-            _logger.debug("serving %r on %s with the %s transport", name, address, choice.server_transport())
+            _logger.debug(
+                "serving %r on %s with the %s transport", self._model_name, address, choice.server_transport()
+            )
             if self._credentials is None and not is_local(self._host):
                 _logger.warning(
                     "serving %r on %s in plaintext, to whoever can reach it; give create_batcher credentials=, or "
                     "host='127.0.0.1' to serve this machine only",
-                    name,
+                    self._model_name,
                     address,
                 )
+
+    def between_batches(self, function: Callable[[], Any]) -> Future[Any]:
+        return self._loop.between_batches(function)
 
     def wait_until_ready(self, timeout_s: float | None) -> None:
         with self._changed:
@@ -177,6 +220,7 @@ class LifeCycle:
     def _shut_down(self, grace_s: float) -> None:
         signals_and_exit.remove_running(self)
         if self._server is None:
+            self._loop.end()
             return
         connection_grace_s = _STREAM_END_GRACE_S
         try:

@@ -27,7 +27,7 @@ def listen(server: grpc.Server, host: str, port: int, credentials: grpc.ServerCr
     Raises BindError if the address is not available, and ValueError if gRPC cannot use the credentials.
     """
     address = address_of(host, port)
-    _check_available(host, port, address)
+    check_available(host, port)
     found = _add_port(server, address, credentials)
     if found == 0:
         if credentials is not None and not _can_be_used(credentials):
@@ -35,7 +35,7 @@ def listen(server: grpc.Server, host: str, port: int, credentials: grpc.ServerCr
                 f"credentials is {credentials!r}, in which gRPC cannot use the certificate, the key or the root "
                 "certificates (it said which on stderr); they must be PEM, and the key must match the certificate"
             )
-        _check_available(host, port, address)  # another process may have taken it since
+        check_available(host, port)  # another process may have taken it since
         raise BindError(f"cannot listen on {address}; gRPC said why on stderr")
     return port if is_unix_socket(host) else found
 
@@ -45,12 +45,13 @@ def is_local(host: str) -> bool:
     return is_unix_socket(host) or host.startswith("127.") or host in ("localhost", "::1")
 
 
-def _check_available(host: str, port: int, address: str) -> None:
+def check_available(host: str, port: int) -> None:
     """Raise BindError if the system will not let a server listen there.
 
     gRPC itself would take a unix socket's path away from another server, and would be content with one of the addresses
     of a name.
     """
+    address = address_of(host, port)
     if host.startswith("unix:"):
         folder = Path(host.removeprefix("unix:").removeprefix("//")).parent
         if not os.access(folder, os.W_OK):

@@ -52,17 +52,22 @@ class Metrics:
     requests: requests that have ended, by the name of their gRPC status; "OK" for those answered.
     batches: batches given to the callback, by the reason they left (see WaitingRoom).
     batched_requests: requests in all those batches.
+    batched_rows: rows of those requests. A request has one row unless a caller of arrays sends several.
+    padded_rows: rows that were added to batches of arrays, to make them as large as one of `batch_sizes`.
     waiting: requests waiting for a batch now.
     waiting_bytes: bytes of their messages.
     open_streams: callers' streams open now.
-    mean_batch_size: requests per batch.
+    step: the step of the weights that were published last; None before the first `publish`.
+    step_age_s: how long ago that was, in seconds.
+    mean_batch_size: rows per batch.
     mean_waiting_ms: per request, from its arrival until its batch was taken.
-    mean_callback_ms: per batch, how long the callback took.
+    mean_callback_ms: per batch, how long the callback took. With arrays, that includes copying the requests' rows into
+        them, and waiting for the results of an asynchronous framework.
     mean_encoding_ms: per request, how long encoding the reply took.
     mean_end_to_end_ms: per request, from its arrival until its reply was handed to gRPC.
     waiting_percentiles_ms, callback_percentiles_ms, end_to_end_percentiles_ms: p50, p90 and p99 of the same durations,
         over the last 4,096 of each.
-    batch_sizes: how many requests the batches had.
+    batch_sizes: how many rows the batches had, without padding.
     waiting_histogram_s, callback_histogram_s, end_to_end_histogram_s: the same durations, in seconds.
 
     Means and percentiles are None until something was counted, and durations are None with `track_metrics=False`.
@@ -72,9 +77,13 @@ class Metrics:
     requests: Mapping[str, int]
     batches: Mapping[str, int]
     batched_requests: int
+    batched_rows: int
+    padded_rows: int
     waiting: int
     waiting_bytes: int
     open_streams: int
+    step: int | None
+    step_age_s: float | None
     mean_batch_size: float | None
     mean_waiting_ms: float | None
     mean_callback_ms: float | None
@@ -134,22 +143,29 @@ class Recorder:
         self._size_bounds = (*(2**power for power in range((batch_size - 1).bit_length())), batch_size)
         self._size_counts = [0] * (len(self._size_bounds) + 1)
         self._size_sum = 0
+        self._padded_rows = 0
         self._waiting = _Times()
         self._callback = _Times()
         self._end_to_end = _Times()
         self._encoding_ns = 0
 
     def batch_taken(self, size: int, waits_ns: Iterable[int]) -> None:
-        """waits_ns: how long each of its requests waited; empty if not timed."""
+        """size: its rows. waits_ns: how long each of its requests waited; empty if not timed."""
         with self._lock:
             self._size_counts[bisect_left(self._size_bounds, size)] += 1
             self._size_sum += size
             for wait_ns in waits_ns:
                 self._waiting.add(wait_ns)
 
-    def callback_timed(self, duration_ns: int) -> None:
+    def batch_padded(self, rows: int) -> None:
+        with self._lock:
+            self._padded_rows += rows
+
+    def callback_timed(self, duration_ns: int, encoding_ns: int = 0) -> None:
+        """encoding_ns: how long encoding the whole batch's replies took after that."""
         with self._lock:
             self._callback.add(duration_ns)
+            self._encoding_ns += encoding_ns
 
     def request_answered(self, encoding_ns: int, end_to_end_ns: int) -> None:
         """The durations are ignored unless `timed`."""
@@ -169,13 +185,17 @@ class Recorder:
         model: str,
         batches: Mapping[str, int],
         batched_requests: int,
+        batched_rows: int,
         waiting: int,
         waiting_bytes: int,
         open_streams: int,
+        step: int | None,
+        step_age_s: float | None,
     ) -> Metrics:
         with self._lock:  # only to copy: the hot path waits for it
             requests = dict(self._requests)
             batch_sizes = _histogram(self._size_bounds, self._size_counts, self._size_sum)
+            padded_rows = self._padded_rows
             encoding_ns = self._encoding_ns
             waits, callbacks, totals = self._waiting.copy(), self._callback.copy(), self._end_to_end.copy()
         return Metrics(
@@ -183,10 +203,14 @@ class Recorder:
             requests=MappingProxyType(requests),
             batches=MappingProxyType(dict(batches)),
             batched_requests=batched_requests,
+            batched_rows=batched_rows,
+            padded_rows=padded_rows,
             waiting=waiting,
             waiting_bytes=waiting_bytes,
             open_streams=open_streams,
-            mean_batch_size=_mean(batched_requests, sum(batches.values())),
+            step=step,
+            step_age_s=step_age_s,
+            mean_batch_size=_mean(batched_rows, sum(batches.values())),
             mean_waiting_ms=waits.mean_ms(),
             mean_callback_ms=callbacks.mean_ms(),
             mean_encoding_ms=_mean(encoding_ns / 1e6, sum(totals.counts)),
@@ -211,6 +235,10 @@ def summary(metrics: Metrics, *, timed: bool) -> str:
         f"  batches taken:    {sum(metrics.batches.values())} ({batches})",
         f"  mean batch size:  {_show(metrics.mean_batch_size)}",
     ]
+    if metrics.padded_rows:
+        lines.append(f"  padded rows:      {metrics.padded_rows} beside {metrics.batched_rows}")
+    if metrics.step is not None:
+        lines.append(f"  step:             {metrics.step}, published {metrics.step_age_s:.1f} s ago")
     if timed:
         lines += [
             "  mean time in ms   (p50, p90 and p99 of the latest)",

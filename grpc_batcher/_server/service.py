@@ -9,9 +9,9 @@ import grpc
 
 from .. import _core
 from .._contract import METHOD
-from .._models import Model
 from .._transport import choice
 from .._transport.interface import StreamEnd
+from .callback import Callback
 from .metrics import Recorder
 from .session import SHUTTING_DOWN, Session
 
@@ -19,9 +19,9 @@ from .session import SHUTTING_DOWN, Session
 class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Knows every open stream, and ends them all at shutdown."""
 
-    def __init__(self, room: _core.WaitingRoom, model: Model, recorder: Recorder, max_streams: int) -> None:
+    def __init__(self, room: _core.WaitingRoom, callback: Callback, recorder: Recorder, max_streams: int) -> None:
         self.room = room
-        self.model = model
+        self.callback = callback
         self.recorder = recorder
         self._max_streams = max_streams
         self._sessions: set[Session] = set()

@@ -14,8 +14,9 @@ import grpc
 
 from .. import _core
 from .._contract import MAX_DURATION_S
-from .._models import Answer, BadRequestError, write_answer
+from .._models import BadRequestError
 from .._transport.interface import ServerStream, StreamEnd
+from .callback import Failed
 
 if TYPE_CHECKING:
     from .service import Service
@@ -58,10 +59,10 @@ class Session:
         """Let a request in. Raises StreamEnd if it is refused."""
         self.has_unsent_reply = True
         try:
-            request = self._service.model.read_request(message)
+            request, rows = self._service.callback.read_request(message)
             with self._lock:
                 if not self._is_closed:
-                    ticket = self._source.push(request, self._deadline_ns, len(message))
+                    ticket = self._source.push(request, self._deadline_ns, len(message), rows)
                     self._taken_in += 1
                     self._is_unanswered = True
                     return ticket
@@ -137,12 +138,12 @@ class Session:
         if state != _core.FINISHED:
             raise self._failed(*_ENDS[state])
         outcome = ticket.outcome
-        if not isinstance(outcome, Answer):
+        if isinstance(outcome, Failed):
             raise self._failed(grpc.StatusCode.INTERNAL, outcome.text)
         recorder = self._service.recorder
         begin_ns = time.monotonic_ns() if recorder.timed else 0
         try:
-            reply = write_answer(outcome)
+            reply = self._service.callback.encode(outcome)
         except OverflowError as error:
             raise self._failed(grpc.StatusCode.INTERNAL, f"the answer cannot be sent: {error}") from None
         end_ns = time.monotonic_ns() if recorder.timed else 0

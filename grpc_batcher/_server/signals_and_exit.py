@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("grpc_batcher")
 
 # How often the main thread looks for signals: one that arrives just before a wait does not interrupt it.
-_SIGNAL_CHECK_S = 0.2
+SIGNAL_CHECK_S = 0.2
 
 # How long the exit of a program that never called `shutdown` waits for running callbacks.
 _EXIT_GRACE_S = 1.0
@@ -42,14 +42,14 @@ def serve_until_signal(life: LifeCycle, grace_s: float) -> None:
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         if not life.is_ready():
-            life.start()
-        while not received and not life.wait_until_shut_down(_SIGNAL_CHECK_S):
+            life.start(is_unwanted=lambda: bool(received))
+        while not received and not life.wait_until_shut_down(SIGNAL_CHECK_S):
             pass
         if received:
             _logger.info("%s: shutting down within %s s", signal.Signals(received[0]).name, grace_s)
             # On another thread, so that a second signal does not interrupt it half-way.
             threading.Thread(target=life.shut_down, args=(grace_s,), name="grpc_batcher-shutdown", daemon=True).start()
-        while not life.wait_until_shut_down(_SIGNAL_CHECK_S):
+        while not life.wait_until_shut_down(SIGNAL_CHECK_S):
             pass
     finally:
         for number, handler in handlers.items():
