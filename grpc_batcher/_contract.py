@@ -16,6 +16,13 @@ METHOD = f"/{SERVICE_NAME}/ProcessRequest"
 # client knows whether its last request was refused, and so may be sent again.
 TAKEN_IN_KEY = "grpc-batcher-taken-in"
 
+# Metadata that this library's clients open a stream with: how old their connection is, in milliseconds.
+CONNECTION_AGE_KEY = "grpc-batcher-connection-age-ms"
+
+# Trailing metadata of a stream that the server ends because its connection is old: the caller should not only open
+# another stream, but another connection, and so ask for the addresses of the server's name again.
+RECONNECT_KEY = "grpc-batcher-reconnect"
+
 # Both ends accept messages up to this size unless told otherwise. gRPC counts a message's bytes in an int32.
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_MESSAGE_BYTES = 2**31 - 1

@@ -24,7 +24,7 @@ from .._errors import BatcherError
 from .._models import ARRAYS, MODELS
 from .._server.batcher import MukoeBatcher
 from .._server.create import create_batcher
-from .options import FILE, Failure, read_certificates, read_pair, seconds, sizes
+from .options import FILE, Failure, read_certificates, read_pair, seconds, seconds_above_0, sizes
 
 _logger = logging.getLogger("grpc_batcher")
 
@@ -95,6 +95,12 @@ _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(cr
 )
 @click.option(
     "--max-streams", type=int, default=_DEFAULTS["max_streams"], help="The most callers' streams open at once."
+)
+@click.option(
+    "--max-connection-age-s",
+    type=seconds_above_0,
+    show_default="no limit",
+    help="The age, in seconds, at which callers are asked to connect again, and so find servers that were added.",
 )
 @click.option(
     "--max-message-bytes",

@@ -22,7 +22,7 @@ from .._errors import RequestError
 from .array_payloads import ArrayPayloads
 from .connection import Connection
 from .payloads import BytesPayloads
-from .stream_pool import Loan, StreamPool
+from .stream_pool import Loan, StreamPool, asks_to_reconnect
 
 # How often a request that its server did not take in is resent. Of several servers, more than one may be closing.
 _MAX_RESENDS, _MAX_RESENDS_BALANCED = 1, 3
@@ -189,6 +189,8 @@ class MukoeBatcherClient:
         """
         if error.code() is not grpc.StatusCode.UNAVAILABLE:
             return False
+        if asks_to_reconnect(error.trailing_metadata()):
+            return True
         return not self._connection.is_balanced or (loan.requests == 1 and _taken_in(error) is None)
 
     def _was_not_taken_in(self, loan: Loan, error: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from .. import _process
-from .._contract import METHOD
+from .._contract import CONNECTION_AGE_KEY, METHOD, RECONNECT_KEY
 from .._transport import choice
 from .._transport.interface import ClientStream
 from .connection import Connection
@@ -34,11 +34,15 @@ _inherited: list[Any] = []
 
 
 class _Link:
-    """A channel, and how many streams it carries."""
+    """A channel, and how many streams it carries.
+
+    used_ns: when an answer last came. After a long time, a new channel is a better choice than one whose server may be
+        about to close it.
+    """
 
     def __init__(self, channel: grpc.Channel) -> None:
         self.channel = channel
-        self.since_ns = time.monotonic_ns()
+        self.since_ns = self.used_ns = time.monotonic_ns()
         self.streams = 0
         self.is_current = True
 
@@ -102,6 +106,10 @@ class StreamPool:
                     dead.append(self._idle.pop())
                     if self._is_usable(dead[-1]):
                         loan = dead.pop()
+                    else:
+                        self._note_end(dead[-1])
+                if self._link is not None and self._link.used_ns < time.monotonic_ns() - IDLE_NS:
+                    self._leave_link()
                 if loan is None:
                     loan = self._open()
                 if due_ns is not None and not self._can_keep_time():
@@ -118,10 +126,24 @@ class StreamPool:
     def _is_usable(self, loan: Loan) -> bool:
         return loan.stream.is_alive() and not (self._balanced and loan.renewal_ns <= time.monotonic_ns())
 
+    def _note_end(self, loan: Loan) -> None:
+        """An idle stream has ended, or is too old."""
+        if loan.link.is_current and not loan.stream.is_alive() and asks_to_reconnect(loan.stream.trailing_metadata()):
+            self._leave_link()
+
+    def _leave_link(self) -> None:
+        """Have the next stream open a new channel. The old one closes with its last stream."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.is_current = False
+            if link.streams == 0:
+                link.channel.close()
+
     def give_back(self, loan: Loan) -> None:
         """The request has its answer."""
         with self._changed:
             self._lent.discard(loan)
+            loan.link.used_ns = time.monotonic_ns()
             keep = not self._closed and not loan.timed_out
             if keep:
                 self._idle.append(loan)
@@ -195,7 +217,9 @@ class StreamPool:
         if self._link is None:
             _process.prepare_to_use_grpc()
             self._link = _Link(self._connection.open_channel())
-        stream = choice.open_stream(self._link.channel, METHOD, self._connection.metadata)
+        age_ms = (time.monotonic_ns() - self._link.since_ns) // 1_000_000
+        metadata = (*self._connection.metadata, (CONNECTION_AGE_KEY, str(age_ms)))
+        stream = choice.open_stream(self._link.channel, METHOD, metadata)
         loan = Loan(self._link, stream)
         self._link.streams += 1
         if self._balanced:
@@ -254,6 +278,11 @@ class StreamPool:
                     self._changed.wait(min((due_ns - now_ns) / 1e9, threading.TIMEOUT_MAX))
             for loan in idle_too_long:
                 self._drop(loan)
+
+
+def asks_to_reconnect(trailing_metadata: Any) -> bool:
+    """Whether a server ended a stream because its connection should not be used for further streams."""
+    return any(key == RECONNECT_KEY for key, _value in trailing_metadata or ())
 
 
 _open_pools: weakref.WeakSet[StreamPool] = weakref.WeakSet()

@@ -51,6 +51,7 @@ class MukoeBatcher:
         max_queue_size: int,
         max_queue_bytes: int,
         max_streams: int,
+        max_connection_age_s: float | None,
         leave_early: bool,
         track_metrics: bool,
         credentials: grpc.ServerCredentials | None,
@@ -78,12 +79,13 @@ class MukoeBatcher:
                 batch_process_fn, model, arrays, batch_sizes, self._published, self._recorder, warms_up=bool(warm_up)
             )
         self._life = LifeCycle(
-            Service(self._room, callback, self._recorder, max_streams),
+            Service(self._room, callback, self._recorder, max_streams, max_connection_age_s),
             model_name=model.name,
             host=host,
             port=port,
             max_message_bytes=max_message_bytes,
             max_streams=max_streams,
+            max_connection_age_s=max_connection_age_s,
             credentials=credentials,
             interceptors=interceptors,
             standard_services=standard_services,

@@ -36,6 +36,7 @@ def create_batcher(
     max_queue_size: int | None = None,
     max_queue_bytes: int = 1024 * 1024 * 1024,
     max_streams: int = 8192,
+    max_connection_age_s: float | None = None,
     leave_early: bool = True,
     credentials: grpc.ServerCredentials | None = None,
     interceptors: Iterable[grpc.ServerInterceptor] = (),
@@ -71,6 +72,9 @@ def create_batcher(
     max_queue_bytes: the most bytes that waiting requests may hold together; a request that would exceed it gets
         RESOURCE_EXHAUSTED. The default is 1 GiB; leave room for a batch, or none is ever full.
     max_streams: the most callers' streams open at once; the next one gets RESOURCE_EXHAUSTED.
+    max_connection_age_s: callers are asked to connect again at about this age of their connection, in seconds, so that
+        those with a `dns:///` address find servers that were added since. No request fails for it: a connection ends
+        when its requests are answered. None keeps connections for as long as their callers do.
     leave_early: whether a batch leaves before its time once no known caller could still join it (`everyone_in`). False
         makes every batch that is not full wait out `batch_timeout_s`.
     credentials: for TLS, for instance from grpc.ssl_server_credentials; None for plaintext.
@@ -103,6 +107,9 @@ def create_batcher(
         f"at least batch_size ({batch_size}) to fill one",
     )
     check_duration("batch_timeout_s", batch_timeout_s)
+    if max_connection_age_s is not None:
+        check_duration("max_connection_age_s", max_connection_age_s)
+        _check("max_connection_age_s", max_connection_age_s, max_connection_age_s > 0, "above 0, or None for no limit")
     _check("host", host, isinstance(host, str) and host != "", "an address such as '0.0.0.0' or '::1'")
     if not callable(batch_process_fn):
         raise TypeError(
@@ -136,6 +143,7 @@ def create_batcher(
         max_queue_size=int(max_queue_size),
         max_queue_bytes=int(max_queue_bytes),
         max_streams=int(max_streams),
+        max_connection_age_s=None if max_connection_age_s is None else float(max_connection_age_s),
         leave_early=bool(leave_early),
         track_metrics=bool(track_metrics),
         credentials=credentials,

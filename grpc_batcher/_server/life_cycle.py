@@ -39,6 +39,14 @@ _KEEPALIVE_INTERVAL_MS = 30_000
 _KEEPALIVE_TIMEOUT_MS = 20_000
 _MIN_CALLERS_INTERVAL_MS = 5_000
 
+# This library's clients connect again when a stream says so (Session), between two requests. All others get gRPC's
+# GOAWAY, which fails streams that are opened just then: gRPC would open them again, but with the direct transport it must
+# not (Connection). So it comes only when this library's clients have left, or left the connection unused.
+_OTHERS_GRACE_S = 90.0
+
+# gRPC counts a connection's age in an int32, whose largest value stands for no limit.
+_MAX_CONNECTION_AGE_MS = 2**31 - 2
+
 
 class LifeCycle:
     """What `MukoeBatcher` starts and shuts down, in the right order. See its methods for what they promise.
@@ -56,6 +64,7 @@ class LifeCycle:
         port: int,
         max_message_bytes: int,
         max_streams: int,
+        max_connection_age_s: float | None,
         credentials: grpc.ServerCredentials | None,
         interceptors: tuple[grpc.ServerInterceptor, ...],
         standard_services: StandardServices,
@@ -83,6 +92,10 @@ class LifeCycle:
             ("grpc.http2.max_pings_without_data", 0),
             ("grpc.http2.min_ping_interval_without_data_ms", _MIN_CALLERS_INTERVAL_MS),
         )
+        if max_connection_age_s is not None:
+            # Without gRPC's own grace period, which would cut off the requests that outlast it.
+            age_s = max_connection_age_s + _OTHERS_GRACE_S
+            self._options += (("grpc.max_connection_age_ms", min(round(age_s * 1000), _MAX_CONNECTION_AGE_MS)),)
         self._delivery = Delivery(self._room)
         self._loop = BatchLoop(self._room, service.callback, service.recorder, self._delivery, self._fail)
         self._server: grpc.Server | None = None

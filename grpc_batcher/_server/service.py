@@ -17,12 +17,23 @@ from .session import SHUTTING_DOWN, Session
 
 
 class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Knows every open stream, and ends them all at shutdown."""
+    """Knows every open stream, and ends them all at shutdown.
 
-    def __init__(self, room: _core.WaitingRoom, callback: Callback, recorder: Recorder, max_streams: int) -> None:
+    max_connection_age_s: a stream of an older connection ends with its next answer; None for no limit.
+    """
+
+    def __init__(
+        self,
+        room: _core.WaitingRoom,
+        callback: Callback,
+        recorder: Recorder,
+        max_streams: int,
+        max_connection_age_s: float | None = None,
+    ) -> None:
         self.room = room
         self.callback = callback
         self.recorder = recorder
+        self.max_connection_age_s = max_connection_age_s
         self._max_streams = max_streams
         self._sessions: set[Session] = set()
         self._is_closing = False

@@ -6,6 +6,7 @@ The session encodes; the transport sends.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from .. import _core
-from .._contract import MAX_DURATION_S
+from .._contract import CONNECTION_AGE_KEY, MAX_DURATION_S
 from .._models import BadRequestError
 from .._transport.interface import ServerStream, StreamEnd
 from .callback import Failed
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("grpc_batcher")
 
 SHUTTING_DOWN = "the batcher is shutting down"
+_TOO_OLD = "the connection is older than max_connection_age_s; connect again"
+_NEVER_NS = 2**62
+_AGE = re.compile(r"[0-9]{1,12}")
 _ENDS = {
     _core.LEFT: (grpc.StatusCode.CANCELLED, "the caller left"),
     _core.EXPIRED: (grpc.StatusCode.DEADLINE_EXCEEDED, "the caller's deadline passed before there was an answer"),
@@ -48,10 +52,12 @@ class Session:
         self._service = service
         self._source = service.room.open_stream(self)
         self._deadline_ns = _deadline_ns(context.time_remaining())
+        self._too_old_ns = _too_old_ns(context, service.max_connection_age_s)
         # Makes "pushed" and "counted as taken in" one step, so that a shutdown on another thread sees both or neither.
         self._lock = threading.Lock()
-        # These three are guarded by it.
+        # These four are guarded by it.
         self._is_closed = False
+        self._is_retired = False  # whether its status is about to be sent because its connection is too old
         self._taken_in = 0  # requests that were pushed
         self._is_unanswered = False  # whether the last of them is still to be counted in the metrics
 
@@ -61,6 +67,8 @@ class Session:
         try:
             request, rows = self._service.callback.read_request(message)
             with self._lock:
+                if self._is_retired:  # the caller sends it again, on another stream
+                    raise self._retirement()
                 if not self._is_closed:
                     ticket = self._source.push(request, self._deadline_ns, len(message), rows)
                     self._taken_in += 1
@@ -95,13 +103,35 @@ class Session:
             _logger.exception("a reply could not be encoded")
         else:
             # Before it goes out: the caller's next request may come in on its heels.
-            self.replied()
+            retirement = self._retire_if_old()
+            self._note_reply()
             stream.send(reply)
+            if retirement is not None:
+                stream.end(retirement)
 
     def replied(self) -> None:
-        """The reply is on its way; the stream is between two requests."""
+        """The reply is on its way; the stream is between two requests. Raises StreamEnd if the connection is old."""
+        self._note_reply()
+        if (retirement := self._retire_if_old()) is not None:
+            raise retirement
+
+    def _note_reply(self) -> None:
         self.has_unsent_reply = False
         self._service.session_changed()
+
+    def _retire_if_old(self) -> StreamEnd | None:
+        """Take in no more requests if the connection is too old, and return the status to end the stream with.
+
+        Between two requests this fails none: the status tells the caller that the next one was not taken in.
+        """
+        if time.monotonic_ns() < self._too_old_ns:
+            return None
+        with self._lock:
+            self._is_retired = True
+            return self._retirement()
+
+    def _retirement(self) -> StreamEnd:
+        return StreamEnd(grpc.StatusCode.UNAVAILABLE, _TOO_OLD, self._taken_in, reconnect=True)
 
     def shut_down(self) -> None:
         """End the stream: the batcher accepts nothing more, and has given up on requests without an outcome.
@@ -165,6 +195,18 @@ class Session:
         with self._lock:
             taken_in = self._taken_in
         return StreamEnd(code, details, taken_in)
+
+
+def _too_old_ns(context: grpc.ServicerContext, max_age_s: float | None) -> int:
+    """Return the monotonic time at which a stream's connection is too old.
+
+    Other people's clients do not say how old theirs is, and would not understand what ends their stream.
+    """
+    if max_age_s is not None:
+        age = dict(context.invocation_metadata()).get(CONNECTION_AGE_KEY, "")
+        if isinstance(age, str) and _AGE.fullmatch(age):
+            return time.monotonic_ns() + int(max_age_s * 1e9) - int(age) * 1_000_000
+    return _NEVER_NS
 
 
 def _deadline_ns(remaining_s: float | None) -> int | None:

@@ -116,6 +116,10 @@ class DirectClientStream:
             self._used_ns = time.monotonic_ns()
         return self._status is None
 
+    def trailing_metadata(self) -> Any:
+        """The metadata that the server ended the stream with. Call this once `is_alive` says that it has ended."""
+        return None if self._status is None else self._status.trailing_metadata()
+
     def cancel(self) -> None:
         """End the stream at once. May be called from any thread, and again."""
         self._call.cancel(cygrpc.StatusCode.cancelled, "the caller cancelled")

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from .._contract import TAKEN_IN_KEY
+from .._contract import RECONNECT_KEY, TAKEN_IN_KEY
 from .._core import Ticket
 
 # A status travels in a header, and gRPC peers refuse headers over 8 KiB. Percent-encoding triples some bytes.
@@ -21,17 +21,20 @@ class StreamEnd(Exception):
     """Ends a stream with this status instead of a reply.
 
     taken_in: how many of the stream's requests the batcher took in. The caller is told.
+    reconnect: whether the caller should connect again.
     """
 
-    def __init__(self, code: grpc.StatusCode, details: str, taken_in: int = 0) -> None:
+    def __init__(self, code: grpc.StatusCode, details: str, taken_in: int = 0, *, reconnect: bool = False) -> None:
         super().__init__(code, details)
         self.code = code
         self.details = details.encode(errors="replace")[:_MAX_DETAILS_BYTES].decode(errors="ignore")
-        self._taken_in = taken_in
+        self._metadata = [(TAKEN_IN_KEY, str(taken_in))]
+        if reconnect:
+            self._metadata.append((RECONNECT_KEY, "1"))
 
     def set_on(self, context: grpc.ServicerContext) -> None:
         """Have grpcio send this status when the stream ends."""
-        context.set_trailing_metadata(((TAKEN_IN_KEY, str(self._taken_in)),))
+        context.set_trailing_metadata(tuple(self._metadata))
         context.set_code(self.code)
         context.set_details(self.details)
 
@@ -58,7 +61,7 @@ class ServerSession(Protocol):
         """Let a request in, wait for its answer and return the reply. Raises StreamEnd."""
 
     def replied(self) -> None:
-        """The reply that `exchange` returned has been sent."""
+        """The reply that `exchange` returned has been sent. Raises StreamEnd if the stream takes no further request."""
 
     def close(self) -> None:
         """The stream is over. May be called again, at any moment and from any thread."""
@@ -78,6 +81,9 @@ class ClientStream(Protocol):
 
     def is_alive(self) -> bool:
         """Whether the stream can take another request, as far as this end knows."""
+
+    def trailing_metadata(self) -> Any:
+        """The metadata that the server ended the stream with. Call this once `is_alive` says that it has ended."""
 
     def cancel(self) -> None:
         """End the stream at once. May be called from any thread, and again."""

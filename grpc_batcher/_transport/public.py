@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import grpc
 
@@ -58,6 +59,10 @@ class PublicClientStream:
     def is_alive(self) -> bool:
         """Whether the stream can take another request, as far as this end knows."""
         return bool(self._call.is_active())
+
+    def trailing_metadata(self) -> Any:
+        """The metadata that the server ended the stream with. Call this once `is_alive` says that it has ended."""
+        return self._call.trailing_metadata()
 
     def cancel(self) -> None:
         """End the stream at once. May be called from any thread, and again."""
