@@ -20,7 +20,7 @@ from .._contract import (
 )
 from .._errors import RequestError
 from .array_payloads import ArrayPayloads
-from .connection import Connection
+from .connection import Connection, Route
 from .payloads import BytesPayloads
 from .stream_pool import Loan, StreamPool, asks_to_reconnect
 
@@ -47,6 +47,8 @@ class MukoeBatcherClient:
 
     Raises ValueError or TypeError naming the argument and what is allowed; for `arrays` ImportError without numpy.
     """
+
+    _route: Route | None = None  # set before `__init__` by clients whose server may move
 
     def __init__(
         self,
@@ -79,10 +81,12 @@ class MukoeBatcherClient:
                 raise TypeError(
                     f"interceptors contains {interceptor!r}, which is not a grpc.StreamStreamClientInterceptor"
                 )
-        self._connection = Connection(server_address, max_message_bytes, credentials, options, interceptors, metadata)
+        self._connection = Connection(
+            server_address, max_message_bytes, credentials, options, interceptors, metadata, self._route
+        )
         self._payloads: BytesPayloads | ArrayPayloads = ArrayPayloads() if arrays else BytesPayloads()
         self._pool = StreamPool(self._connection)
-        self._max_resends = _MAX_RESENDS_BALANCED if self._connection.is_balanced else _MAX_RESENDS
+        self._max_resends = _MAX_RESENDS_BALANCED if self._connection.has_others else _MAX_RESENDS
         # For clients dropped without `close`. At exit the pool closes itself, in the right order.
         weakref.finalize(self, self._pool.close).atexit = False
 
@@ -201,7 +205,7 @@ class MukoeBatcherClient:
         """
         if error.code() is not grpc.StatusCode.UNAVAILABLE:
             return False
-        if loan.requests < 2 and not self._connection.is_balanced:
+        if loan.requests < 2 and not self._connection.has_others:
             return False
         return _taken_in(error) == str(loan.requests - 1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
@@ -23,9 +23,22 @@ _KEEPALIVE_TIMEOUT_MS = 20_000
 _BALANCING_OPTIONS = ("grpc.lb_policy_name", "grpc.service_config")
 
 
+class Route(Protocol):
+    """Where the server of a client is, if it may move."""
+
+    def target(self) -> str:
+        """Return the target, for gRPC, of the server to use now. Once there was one, never blocks."""
+
+    def lost(self, target: str) -> None:
+        """Note that the server of a target that `target` returned does not answer, or is leaving."""
+
+
 @dataclass(frozen=True)
 class Connection:
-    """Everything needed to make a channel. See `MukoeBatcherClient` for what each field means."""
+    """Everything needed to make a channel. See `MukoeBatcherClient` for what each field means.
+
+    route: finds the server instead of `address`, which then is only a name; None for a server that stays where it is.
+    """
 
     address: str
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
@@ -33,13 +46,28 @@ class Connection:
     options: tuple[tuple[str, Any], ...] = ()
     interceptors: tuple[grpc.StreamStreamClientInterceptor, ...] = ()
     metadata: tuple[tuple[str, str | bytes], ...] = ()
+    route: Route | None = None
 
     @property
     def is_balanced(self) -> bool:
         """Whether the channel spreads streams over several servers."""
         return any(option[0] in _BALANCING_OPTIONS for option in self.options)
 
-    def open_channel(self) -> grpc.Channel:
+    @property
+    def has_others(self) -> bool:
+        """Whether another stream may lead to another server."""
+        return self.route is not None or self.is_balanced
+
+    def target(self) -> str:
+        """Return the target of the channel to use now."""
+        return self.address if self.route is None else self.route.target()
+
+    def note_lost(self, target: str) -> None:
+        """The server of a target does not answer, or is leaving."""
+        if self.route is not None:
+            self.route.lost(target)
+
+    def open_channel(self, target: str) -> grpc.Channel:
         """Return a new channel. It connects when it is first used."""
         all_options = (
             *self.options,  # first: gRPC takes the first of two
@@ -56,10 +84,10 @@ class Connection:
             ("grpc.enable_retries", 0),
         )
         if self.credentials is None:
-            channel = grpc.insecure_channel(self.address, all_options)
+            channel = grpc.insecure_channel(target, all_options)
         else:
-            channel = grpc.secure_channel(self.address, self.credentials, all_options)
+            channel = grpc.secure_channel(target, self.credentials, all_options)
         if self.interceptors:
             channel = grpc.intercept_channel(channel, *self.interceptors)
-        choice.log_client_transport(self.address, channel)
+        choice.log_client_transport(target, channel)
         return channel

@@ -40,8 +40,9 @@ class _Link:
         about to close it.
     """
 
-    def __init__(self, channel: grpc.Channel) -> None:
-        self.channel = channel
+    def __init__(self, connection: Connection) -> None:
+        self.target = connection.target()
+        self.channel = connection.open_channel(self.target)
         self.since_ns = self.used_ns = time.monotonic_ns()
         self.streams = 0
         self.is_current = True
@@ -69,6 +70,7 @@ class StreamPool:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._balanced = connection.is_balanced
+        self._moves = connection.route is not None
         self._reset()
         _process.start_afresh_after_fork(self)
         _open_pools.add(self)
@@ -101,6 +103,8 @@ class StreamPool:
         try:
             with self._changed:
                 self._check_open()
+                if self._moves and self._link is not None and self._link.target != self._connection.target():
+                    self._leave_link()
                 loan = None
                 while self._idle and loan is None and not fresh:
                     dead.append(self._idle.pop())
@@ -124,7 +128,11 @@ class StreamPool:
         return loan
 
     def _is_usable(self, loan: Loan) -> bool:
-        return loan.stream.is_alive() and not (self._balanced and loan.renewal_ns <= time.monotonic_ns())
+        return self._is_welcome(loan) and loan.stream.is_alive() and not (self._balanced and loan.renewal_ns <= time.monotonic_ns())
+
+    def _is_welcome(self, loan: Loan) -> bool:
+        """Whether the stream's server is still the one to use."""
+        return loan.link.is_current or not self._moves
 
     def _note_end(self, loan: Loan) -> None:
         """An idle stream has ended, or is too old."""
@@ -144,7 +152,7 @@ class StreamPool:
         with self._changed:
             self._lent.discard(loan)
             loan.link.used_ns = time.monotonic_ns()
-            keep = not self._closed and not loan.timed_out
+            keep = not self._closed and not loan.timed_out and self._is_welcome(loan)
             if keep:
                 self._idle.append(loan)
                 if self._can_keep_time():
@@ -163,6 +171,7 @@ class StreamPool:
             if server_lost and loan.link is self._link:
                 self._link = None
                 loan.link.is_current = False
+                self._connection.note_lost(loan.link.target)
         self._drop(loan)
 
     def close(self) -> None:
@@ -216,7 +225,7 @@ class StreamPool:
     def _open(self) -> Loan:
         if self._link is None:
             _process.prepare_to_use_grpc()
-            self._link = _Link(self._connection.open_channel())
+            self._link = _Link(self._connection)
         age_ms = (time.monotonic_ns() - self._link.since_ns) // 1_000_000
         metadata = (*self._connection.metadata, (CONNECTION_AGE_KEY, str(age_ms)))
         stream = choice.open_stream(self._link.channel, METHOD, metadata)

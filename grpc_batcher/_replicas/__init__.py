@@ -1,0 +1,1 @@
+"""Replicas of a batcher on Ray: everything behind `grpc_batcher.ray`."""

@@ -1,0 +1,291 @@
+"""The directory: the Ray actor that creates replicas, knows where they serve, and says which clients use which."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+
+from .._server.batcher import MukoeBatcher
+from .._server.metrics import Metrics
+from .replica import NOTHING_PUBLISHED, Publication, Replica
+
+_logger = logging.getLogger("grpc_batcher")
+
+# How often a client asks which replica to use. With many clients less often, so that the directory keeps up.
+_CHECK_IN_S = 0.5
+_MAX_CHECK_INS_PER_S = 500
+
+# A client that has not asked for this many of its intervals is gone, or sends nothing.
+_LEASE_INTERVALS = 6
+
+# How soon the directory looks again at a replica that is being restarted, and tries again to start one that failed.
+_RESTART_POLL_S = 0.1
+_FAILURE_PAUSE_S = 1.0
+
+# How many threads serve a replica's methods. One always waits in `wait`.
+_REPLICA_THREADS = 8
+
+
+class _Entry:
+    """What the directory knows of a replica.
+
+    address: where it serves; None while it starts or is restarted.
+    ready: done when it serves for the first time, or has failed to.
+    """
+
+    def __init__(self, number: int, actor: Any) -> None:
+        self.number = number
+        self.actor = actor
+        self.address: str | None = None
+        self.is_draining = False
+        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.follower: asyncio.Task[None] | None = None
+
+
+class _Client:
+    """What the directory knows of a client: which replica it uses, and when it last asked."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.seen_s = 0.0
+
+
+class Directory:
+    """The methods of the actor, which run on one event loop: between two awaits nothing else happens.
+
+    Ray restarts it if it dies. It then finds the replicas by their names, and asks them what was published last.
+    """
+
+    def __init__(self, name: str, make_batcher: Callable[[], MukoeBatcher], actor_options: Mapping[str, Any]) -> None:
+        self._name = name
+        self._make_batcher = make_batcher
+        self._actor_options = dict(actor_options)
+        self._replicas: dict[int, _Entry] = {}
+        self._clients: dict[str, _Client] = {}
+        self._publication = NOTHING_PUBLISHED
+        self._recovery: asyncio.Task[None] | None = None
+        self._change = asyncio.Lock()  # one change of the number of replicas at a time
+        self._shut_down = asyncio.Event()
+
+    # ---- what replicas call ----
+
+    async def hold(self, replica: str) -> None:
+        """Return when the replica may end. It notices when this actor is gone for good."""
+        await self._recovered()
+        await self._shut_down.wait()
+
+    # ---- what clients call ----
+
+    async def check_in(self, client: str, address: str) -> tuple[list[str], float]:
+        """Return the addresses of all replicas, the one that the client should use first, and when to ask again.
+
+        address: of the replica that the client uses now; "" for none.
+        """
+        await self._recovered()
+        now_s = time.monotonic()
+        pause_s = max(_CHECK_IN_S, len(self._clients) / _MAX_CHECK_INS_PER_S)
+        self._forget_clients(now_s - _LEASE_INTERVALS * pause_s)
+        while not (serving := self._serving()):
+            await asyncio.sleep(_RESTART_POLL_S)
+        clients = dict.fromkeys(serving, 0)
+        for name, each in self._clients.items():
+            if each.number in clients and name != client:
+                clients[each.number] += 1
+        known = self._clients.get(client)
+        if known is None:
+            # It may have used that replica before the directory was restarted, or before a pause.
+            number = next((number for number, entry in serving.items() if entry.address == address), None)
+        else:
+            number = known.number
+        least = min(clients, key=lambda each: (clients[each], each))
+        if number not in clients or clients[number] > clients[least]:
+            number = least
+        self._clients[client] = known = known or _Client(number)
+        known.number, known.seen_s = number, now_s
+        others = sorted((each for each in serving if each != number), key=lambda each: (clients[each], each))
+        return [str(serving[each].address) for each in (number, *others)], pause_s
+
+    async def leave(self, client: str) -> None:
+        """A client was closed."""
+        self._clients.pop(client, None)
+
+    # ---- what Replicas calls ----
+
+    async def scale(self, count: int, grace_s: float) -> None:
+        """Have this many replicas. Raises what the first one raised that could not start; the new ones are gone then."""
+        await self._recovered()
+        async with self._change:
+            staying = [entry for entry in self._replicas.values() if not entry.is_draining]
+            if len(staying) > count:
+                await asyncio.gather(*(self._drain(entry, grace_s) for entry in staying[count:]))
+            added = [self._create() for _ in range(count - len(staying))]
+            try:
+                await asyncio.gather(*(entry.ready for entry in staying[:count]), *(entry.ready for entry in added))
+            except BaseException:
+                for entry in added:
+                    self._remove(entry)
+                raise
+
+    async def publish(self, box: list[Any], step: int) -> None:
+        """Return when all replicas that serve now have the weights."""
+        await self._recovered()
+        self._publication = Publication(box, step, self._publication.number + 1)
+        serving = self._serving().values()
+        outcomes = await asyncio.gather(
+            *(entry.actor.publish.remote(self._publication) for entry in serving), return_exceptions=True
+        )
+        for outcome in outcomes:
+            # A replica that dies meanwhile starts with these weights.
+            if isinstance(outcome, BaseException) and not isinstance(outcome, ray.exceptions.RayActorError):
+                raise outcome
+
+    async def metrics(self) -> dict[str, Metrics]:
+        """Return the counters of the replicas that serve now, by their numbers."""
+        await self._recovered()
+        serving = self._serving()
+        found = await asyncio.gather(
+            *(entry.actor.metrics.remote() for entry in serving.values()), return_exceptions=True
+        )
+        return {
+            str(number): metrics for number, metrics in zip(serving, found, strict=True) if isinstance(metrics, Metrics)
+        }
+
+    async def shut_down(self, grace_s: float) -> None:
+        """End all replicas."""
+        await self._recovered()
+        async with self._change:
+            entries = tuple(self._replicas.values())
+            for entry in entries:
+                entry.is_draining = True
+            await asyncio.gather(
+                *(entry.actor.drain.remote(grace_s) for entry in entries if entry.address), return_exceptions=True
+            )
+            for entry in entries:
+                self._remove(entry)
+
+    # ---- replicas ----
+
+    def _serving(self) -> dict[int, _Entry]:
+        return {
+            number: entry for number, entry in self._replicas.items() if entry.address and not entry.is_draining
+        }
+
+    def _actor_name(self, number: int) -> str:
+        return f"{self._name}.{number}"
+
+    def _create(self) -> _Entry:
+        number = next(number for number in range(len(self._replicas) + 1) if number not in self._replicas)
+        directory = ray.get_runtime_context().current_actor
+        actor = (
+            ray.remote(Replica)
+            .options(
+                **{"max_restarts": -1, **self._actor_options},
+                name=self._actor_name(number),
+                lifetime="detached",
+                max_concurrency=_REPLICA_THREADS,
+            )
+            .remote(self._actor_name(number), self._make_batcher, directory, self._name)
+        )
+        return self._add(number, actor)
+
+    def _add(self, number: int, actor: Any) -> _Entry:
+        entry = self._replicas[number] = _Entry(number, actor)
+        entry.follower = asyncio.get_running_loop().create_task(self._follow(entry))
+        return entry
+
+    def _remove(self, entry: _Entry) -> None:
+        if self._replicas.pop(entry.number, None) is not None:
+            entry.is_draining = True
+            ray.kill(entry.actor, no_restart=True)
+
+    async def _drain(self, entry: _Entry, grace_s: float) -> None:
+        """Let a replica's clients move to others, then have it answer what it has taken in, and end it."""
+        entry.is_draining = True
+        end_s = time.monotonic() + grace_s
+        while any(client.number == entry.number for client in self._clients.values()) and time.monotonic() < end_s:
+            await asyncio.sleep(_RESTART_POLL_S)
+            pause_s = max(_CHECK_IN_S, len(self._clients) / _MAX_CHECK_INS_PER_S)
+            self._forget_clients(time.monotonic() - _LEASE_INTERVALS * pause_s)
+        try:
+            await entry.actor.drain.remote(max(end_s - time.monotonic(), 0.0))
+        except ray.exceptions.RayError as error:
+            _logger.warning("replica %d died while it drained: %s", entry.number, error)
+        self._remove(entry)
+
+    async def _follow(self, entry: _Entry) -> None:
+        """Keep a replica serving, and know where, until it is drained or Ray does not restart it any more."""
+        while not entry.is_draining:
+            try:
+                publication = self._publication
+                address = await entry.actor.serve.remote(publication)
+                if publication is not self._publication:
+                    continue  # it must not serve older weights than the others
+                entry.address = address
+                if not entry.ready.done():
+                    entry.ready.set_result(None)
+                await entry.actor.wait.remote()
+                entry.address = None
+                if not entry.is_draining:
+                    _logger.warning("the batcher of replica %d has ended; the replica is restarted", entry.number)
+                    ray.kill(entry.actor, no_restart=False)
+            except ray.exceptions.RayActorError:
+                entry.address = None
+                if entry.is_draining:
+                    return
+                if not self._has_name(entry):  # Ray has given up on it, or somebody killed it
+                    _logger.warning("replica %d is gone for good", entry.number)
+                    self._replicas.pop(entry.number, None)
+                    if not entry.ready.done():
+                        entry.ready.set_exception(RuntimeError(f"replica {entry.number} died before it was ready"))
+                    return
+                await asyncio.sleep(_RESTART_POLL_S)
+            except Exception as error:
+                if not entry.ready.done():
+                    entry.ready.set_exception(_cause_of(error))
+                    return
+                _logger.exception("replica %d does not start; it is restarted", entry.number)
+                await asyncio.sleep(_FAILURE_PAUSE_S)
+                if not entry.is_draining:
+                    ray.kill(entry.actor, no_restart=False)
+
+    def _has_name(self, entry: _Entry) -> bool:
+        try:
+            ray.get_actor(self._actor_name(entry.number))
+        except ValueError:
+            return False
+        return True
+
+    def _forget_clients(self, before_s: float) -> None:
+        self._clients = {name: client for name, client in self._clients.items() if client.seen_s >= before_s}
+
+    # ---- after a restart ----
+
+    async def _recovered(self) -> None:
+        if self._recovery is None:
+            self._recovery = asyncio.get_running_loop().create_task(self._recover())
+        await asyncio.shield(self._recovery)
+
+    async def _recover(self) -> None:
+        """Find the replicas that an earlier incarnation of this actor created."""
+        prefix = f"{self._name}."
+        found = {}
+        for name in ray.util.list_named_actors():
+            number = name.removeprefix(prefix)
+            if name.startswith(prefix) and number.isdecimal():
+                found[int(number)] = ray.get_actor(name)
+        answers = await asyncio.gather(*(actor.publication.remote() for actor in found.values()), return_exceptions=True)
+        known = [answer for answer in answers if isinstance(answer, Publication)]
+        self._publication = max([self._publication, *known], key=lambda each: each.number)
+        for number, actor in sorted(found.items()):
+            self._add(number, actor)
+
+
+def _cause_of(error: Exception) -> BaseException:
+    """Return what a replica itself raised."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
