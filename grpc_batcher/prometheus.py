@@ -5,7 +5,8 @@ prometheus_client.REGISTRY.register(BatcherCollector(batcher))
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 try:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -19,11 +20,15 @@ except ImportError as error:
 
 from ._contract import is_unix_socket
 from ._server.batcher import MukoeBatcher
-from ._server.metrics import Histogram
+from ._server.metrics import Histogram, Metrics
 
-__all__ = ["BatcherCollector"]
+if TYPE_CHECKING:
+    from .ray import Replicas
+
+__all__ = ["BatcherCollector", "ReplicasCollector"]
 
 _LABELS = ("model", "port")
+_REPLICA_LABELS = ("model", "replica")
 
 # The codes that a batcher ends requests with.
 _CODES = (
@@ -53,59 +58,91 @@ class BatcherCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Return the metrics as they are now; a registry calls it."""
-        requests = CounterMetricFamily(
-            "grpc_batcher_requests", "Requests that ended, by the name of their gRPC status.", labels=(*_LABELS, "code")
+        return _families(
+            _LABELS,
+            (
+                ((metrics.model, _port_of(batcher)), metrics, batcher.is_server_ready())
+                for batcher in self._batchers
+                for metrics in [batcher.metrics()]
+            ),
         )
-        batches = CounterMetricFamily(
-            "grpc_batcher_batches", "Batches taken, by the reason they left.", labels=(*_LABELS, "reason")
+
+
+class ReplicasCollector(Collector):
+    """Gives a Prometheus registry the metrics of all replicas of `grpc_batcher.ray`, as they are at each scrape.
+
+    replicas: what `launch` or `connect` returned.
+
+    Each sample has the labels `model` and `replica`, which is the replica's number. A replica that is being restarted
+    has no samples, and its counters then begin at 0 again, as those of a process do.
+    """
+
+    def __init__(self, replicas: Replicas) -> None:
+        self._replicas = replicas
+
+    def collect(self) -> Iterator[Metric]:
+        """Return the metrics as they are now; a registry calls it."""
+        found = self._replicas.metrics()
+        return _families(
+            _REPLICA_LABELS, (((metrics.model, number), metrics, True) for number, metrics in found.items())
         )
-        sizes = HistogramMetricFamily("grpc_batcher_batch_size", "Rows of a batch, without padding.", labels=_LABELS)
-        padded = CounterMetricFamily(
-            "grpc_batcher_padded_rows",
-            "Rows added to batches of arrays, to make them as large as allowed.",
-            labels=_LABELS,
-        )
-        waits = HistogramMetricFamily(
-            "grpc_batcher_waiting_seconds", "From a request's arrival until its batch was taken.", labels=_LABELS
-        )
-        callbacks = HistogramMetricFamily(
-            "grpc_batcher_callback_seconds", "How long the callback took, per batch.", labels=_LABELS
-        )
-        totals = HistogramMetricFamily(
-            "grpc_batcher_end_to_end_seconds",
-            "From a request's arrival until its reply is handed to gRPC.",
-            labels=_LABELS,
-        )
-        waiting = GaugeMetricFamily("grpc_batcher_waiting_requests", "Requests waiting for a batch.", labels=_LABELS)
-        waiting_bytes = GaugeMetricFamily(
-            "grpc_batcher_waiting_bytes", "Bytes of the requests waiting for a batch.", labels=_LABELS
-        )
-        streams = GaugeMetricFamily("grpc_batcher_open_streams", "Callers' streams that are open.", labels=_LABELS)
-        step = GaugeMetricFamily("grpc_batcher_step", "The step of the weights published last.", labels=_LABELS)
-        step_age = GaugeMetricFamily("grpc_batcher_step_age_seconds", "Time since they were published.", labels=_LABELS)
-        ready = GaugeMetricFamily("grpc_batcher_ready", "1 while the batcher is serving, else 0.", labels=_LABELS)
-        for batcher in self._batchers:
-            metrics = batcher.metrics()
-            labels = (metrics.model, _port_of(batcher))
-            # Prometheus' rate() misses the first count of a code that has no earlier sample.
-            for code, count in (dict.fromkeys(_CODES, 0) | dict(metrics.requests)).items():
-                requests.add_metric((*labels, code), count)
-            for reason, count in metrics.batches.items():
-                batches.add_metric((*labels, reason), count)
-            _add(sizes, labels, metrics.batch_sizes)
-            padded.add_metric(labels, metrics.padded_rows)
-            _add(waits, labels, metrics.waiting_histogram_s)
-            _add(callbacks, labels, metrics.callback_histogram_s)
-            _add(totals, labels, metrics.end_to_end_histogram_s)
-            waiting.add_metric(labels, metrics.waiting)
-            waiting_bytes.add_metric(labels, metrics.waiting_bytes)
-            streams.add_metric(labels, metrics.open_streams)
-            if metrics.step is not None and metrics.step_age_s is not None:
-                step.add_metric(labels, metrics.step)
-                step_age.add_metric(labels, metrics.step_age_s)
-            ready.add_metric(labels, batcher.is_server_ready())
-        yield from (requests, batches, sizes, padded, waits, callbacks, totals)
-        yield from (waiting, waiting_bytes, streams, step, step_age, ready)
+
+
+def _families(
+    label_names: Sequence[str], samples: Iterable[tuple[tuple[str, ...], Metrics, bool]]
+) -> Iterator[Metric]:
+    """Return the metrics of several batchers. A sample is the batcher's labels, its counters, and whether it serves."""
+    requests = CounterMetricFamily(
+        "grpc_batcher_requests", "Requests that ended, by the name of their gRPC status.", labels=(*label_names, "code")
+    )
+    batches = CounterMetricFamily(
+        "grpc_batcher_batches", "Batches taken, by the reason they left.", labels=(*label_names, "reason")
+    )
+    sizes = HistogramMetricFamily("grpc_batcher_batch_size", "Rows of a batch, without padding.", labels=label_names)
+    padded = CounterMetricFamily(
+        "grpc_batcher_padded_rows",
+        "Rows added to batches of arrays, to make them as large as allowed.",
+        labels=label_names,
+    )
+    waits = HistogramMetricFamily(
+        "grpc_batcher_waiting_seconds", "From a request's arrival until its batch was taken.", labels=label_names
+    )
+    callbacks = HistogramMetricFamily(
+        "grpc_batcher_callback_seconds", "How long the callback took, per batch.", labels=label_names
+    )
+    totals = HistogramMetricFamily(
+        "grpc_batcher_end_to_end_seconds",
+        "From a request's arrival until its reply is handed to gRPC.",
+        labels=label_names,
+    )
+    waiting = GaugeMetricFamily("grpc_batcher_waiting_requests", "Requests waiting for a batch.", labels=label_names)
+    waiting_bytes = GaugeMetricFamily(
+        "grpc_batcher_waiting_bytes", "Bytes of the requests waiting for a batch.", labels=label_names
+    )
+    streams = GaugeMetricFamily("grpc_batcher_open_streams", "Callers' streams that are open.", labels=label_names)
+    step = GaugeMetricFamily("grpc_batcher_step", "The step of the weights published last.", labels=label_names)
+    step_age = GaugeMetricFamily("grpc_batcher_step_age_seconds", "Time since they were published.", labels=label_names)
+    ready = GaugeMetricFamily("grpc_batcher_ready", "1 while the batcher is serving, else 0.", labels=label_names)
+    for labels, metrics, is_ready in samples:
+        # Prometheus' rate() misses the first count of a code that has no earlier sample.
+        for code, count in (dict.fromkeys(_CODES, 0) | dict(metrics.requests)).items():
+            requests.add_metric((*labels, code), count)
+        for reason, count in metrics.batches.items():
+            batches.add_metric((*labels, reason), count)
+        _add(sizes, labels, metrics.batch_sizes)
+        padded.add_metric(labels, metrics.padded_rows)
+        _add(waits, labels, metrics.waiting_histogram_s)
+        _add(callbacks, labels, metrics.callback_histogram_s)
+        _add(totals, labels, metrics.end_to_end_histogram_s)
+        waiting.add_metric(labels, metrics.waiting)
+        waiting_bytes.add_metric(labels, metrics.waiting_bytes)
+        streams.add_metric(labels, metrics.open_streams)
+        if metrics.step is not None and metrics.step_age_s is not None:
+            step.add_metric(labels, metrics.step)
+            step_age.add_metric(labels, metrics.step_age_s)
+        ready.add_metric(labels, is_ready)
+    yield from (requests, batches, sizes, padded, waits, callbacks, totals)
+    yield from (waiting, waiting_bytes, streams, step, step_age, ready)
 
 
 def _port_of(batcher: MukoeBatcher) -> str:
