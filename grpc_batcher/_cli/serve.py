@@ -71,6 +71,12 @@ _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(cr
     default=_DEFAULTS["reflection"],
     help="Serve gRPC's reflection service, for grpcurl.",
 )
+@click.option(
+    "--open-inference/--no-open-inference",
+    default=_DEFAULTS["open_inference"],
+    help="Serve the Open Inference Protocol, KServe's and Triton's, from a function with declared arrays.",
+)
+@click.option("--model-name", show_default="that of --model", help="The model's name in that protocol.")
 @click.option("--metrics-port", type=click.IntRange(0, 65535), help="The port for Prometheus metrics. Default: none.")
 @click.option(
     "--metrics-host",

@@ -43,6 +43,7 @@ class MukoeBatcher:
         arrays: Mapping[str, Array] | None,
         batch_sizes: Sequence[int],
         warm_up: Sequence[Any] | bool,
+        inference_name: str | None,
         batch_size: int,
         batch_timeout_s: float,
         host: str,
@@ -70,6 +71,7 @@ class MukoeBatcher:
         self._recorder = Recorder(timed=track_metrics, batch_size=batch_size)
         self._published = Published()
         callback: Callback
+        others: tuple[grpc.GenericRpcHandler, ...] = ()
         if arrays is None:
             requests = () if isinstance(warm_up, bool) else warm_up
             callback = ByteCallback(batch_process_fn, model, self._published, requests)
@@ -77,8 +79,13 @@ class MukoeBatcher:
             callback = ArrayCallback(
                 batch_process_fn, model, arrays, batch_sizes, self._published, self._recorder, warms_up=bool(warm_up)
             )
+        service = Service(self._room, callback, self._recorder, max_streams)
+        if inference_name is not None and isinstance(callback, ArrayCallback):
+            from .open_inference import OpenInference  # only now: its messages take time to load
+
+            others = (OpenInference(service, callback, inference_name),)
         self._life = LifeCycle(
-            Service(self._room, callback, self._recorder, max_streams),
+            service,
             model_name=model.name,
             host=host,
             port=port,
@@ -87,6 +94,7 @@ class MukoeBatcher:
             credentials=credentials,
             interceptors=interceptors,
             standard_services=standard_services,
+            other_handlers=others,
         )
 
     # ---- life cycle ----

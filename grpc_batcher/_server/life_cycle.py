@@ -59,6 +59,7 @@ class LifeCycle:
         credentials: grpc.ServerCredentials | None,
         interceptors: tuple[grpc.ServerInterceptor, ...],
         standard_services: StandardServices,
+        other_handlers: tuple[grpc.GenericRpcHandler, ...],
     ) -> None:
         self.port = port
         self.failure: BaseException | None = None
@@ -68,6 +69,7 @@ class LifeCycle:
         self._interceptors = interceptors
         self._standard_services = standard_services
         self._service = service
+        self._handlers = (service, *other_handlers)
         self._room = service.room
         self._options = (
             # Two servers would share a port, and each get some of the requests.
@@ -155,7 +157,7 @@ class LifeCycle:
     def _listen(self) -> None:
         """Open the port, and have the batch thread serve."""
         server = grpc.server(
-            self._threads, handlers=(self._service,), interceptors=self._interceptors, options=self._options
+            self._threads, handlers=self._handlers, interceptors=self._interceptors, options=self._options
         )
         self._standard_services.add_to(server)
         self.port = listen(server, self._host, self.port, self._credentials)

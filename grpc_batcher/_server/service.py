@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 import grpc
 
@@ -14,6 +15,8 @@ from .._transport.interface import StreamEnd
 from .callback import Callback
 from .metrics import Recorder
 from .session import SHUTTING_DOWN, Session
+
+_Session = TypeVar("_Session", bound=Session)
 
 
 class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -34,7 +37,11 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
             return None
         return choice.stream_handler(self.open_session)
 
-    def open_session(self, context: grpc.ServicerContext) -> Session:
+    def open_session(
+        self,
+        context: grpc.ServicerContext,
+        make: Callable[[Service, grpc.ServicerContext], _Session] = Session,  # type: ignore[assignment]
+    ) -> _Session:
         """Raises StreamEnd if too many streams are open, or the batcher is shutting down."""
         if self.room.closed:
             raise StreamEnd(grpc.StatusCode.UNAVAILABLE, SHUTTING_DOWN)
@@ -44,7 +51,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
                     f"{self._max_streams} streams are open, which is the most allowed (max_streams)",
                 )
-            session = Session(self, context)
+            session = make(self, context)
             self._sessions.add(session)
             return session
 
