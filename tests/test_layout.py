@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,6 +89,18 @@ def test_grpcios_private_attributes_are_used_in_one_file(file: str) -> None:
 def test_every_part_is_known() -> None:
     parts = {part_of(file) for file in files()}
     assert parts == set(FORBIDDEN) | {"__init__", "__main__", "_cli", "_version"}
+
+
+def test_no_two_classes_have_one_name() -> None:
+    classes = [
+        node.name
+        for file in files()
+        if file.suffix == ".py"
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert len(classes) > 40
+    assert {name: count for name, count in Counter(classes).items() if count > 1} == {}
 
 
 def private_names_of_grpcio(file: Path) -> set[str]:
