@@ -1,6 +1,6 @@
 """grpcio's private names that the direct transport uses: all of them, and only here.
 
-They are the same in grpcio 1.49.1, 1.62.3, 1.71.2 and 1.85.1. grpcio builds its own streams from each of them, so none
+They are the same in grpcio 1.49.1, 1.62.3, 1.71.2 and 1.85.3. grpcio builds its own streams from each of them, so none
 is likely to change alone.
 
 Server, from grpc._server:
@@ -141,8 +141,8 @@ def is_newer_than_tested(version: str = grpc.__version__) -> bool:
 def is_mismatch(error: Exception) -> bool:
     """Whether an AttributeError or TypeError shows that grpcio differs from what the direct transport needs.
 
-    It was then raised in this package or in grpcio. A signal handler of the user's may raise such errors, too, in the
-    midst of a call.
+    It was then raised in this package or in grpcio. A user's signal handler may raise such errors, too, during a
+    call.
     """
     innermost = error.__traceback__
     while innermost is not None and innermost.tb_next is not None:
