@@ -212,7 +212,6 @@ class LifeCycle:
             self.wait_until_shut_down(grace_s)
             return
         try:
-            self._standard_services.say_serving(False)
             self._shut_down(grace_s)
         finally:
             with self._changed:
@@ -226,9 +225,10 @@ class LifeCycle:
             return
         connection_grace_s = _STREAM_END_GRACE_S
         try:
+            self._standard_services.say_serving(False)
             if not self._drain(grace_s):
                 connection_grace_s = _SLOW_CONNECTION_GRACE_S
-        finally:  # even if Ctrl-C, or a log handler that raises, interrupts it
+        finally:  # even if Ctrl-C, a lack of memory, or a log handler that raises, interrupts it
             self._room.abandon()
             self._stop_server(connection_grace_s)
             self._threads.shutdown()
