@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
 SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.p* grpc_batcher/*/*.p*)
 
-OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_array_codec.py tests/test_leaks.py tests/test_docs.py tests/test_layout.py tests/test_build_script.py,$(wildcard tests/test_*.py))
+# What depends neither on the transport nor on gRPC's poller, or chooses both for itself.
+NOT_OVER_SOCKETS := $(wildcard tests/test_core*) $(patsubst %,tests/test_%.py,wire array_codec leaks callback session \
+	docs layout build_script uncompiled process interrupts tracing)
+OVER_SOCKETS := $(filter-out $(NOT_OVER_SOCKETS),$(wildcard tests/test_*.py))
 
 # How many tests run at once; most of them wait for something.
 TEST_PROCESSES ?= 4
@@ -21,13 +24,14 @@ demo: $(VENV)/installed-demo
 test: $(VENV)/installed-test
 	$(BIN)/pytest -n $(TEST_PROCESSES) tests
 
-# The tests over sockets again: in the pairings of server and client that `make test` leaves out, then with gRPC's and
-# glibc's own defaults.
+# The tests over sockets again. `make test` has both ends direct and tuned. With these three, server and client have run in
+# all four pairings of transports, and each transport on each end both tuned and with gRPC's and glibc's own defaults.
+AGAIN := $(BIN)/pytest -q -n $(TEST_PROCESSES) $(OVER_SOCKETS)
+UNTUNED := GRPC_BATCHER_TUNE_GRPC=0 GRPC_BATCHER_TUNE_MALLOC=0
 test-transports: $(VENV)/installed-test
-	for transports in public public/direct direct/public; do \
-		GRPC_BATCHER_TRANSPORT=$$transports $(BIN)/pytest -q -n $(TEST_PROCESSES) $(OVER_SOCKETS) || exit 1; \
-	done
-	GRPC_BATCHER_TUNE_GRPC=0 GRPC_BATCHER_TUNE_MALLOC=0 $(BIN)/pytest -q -n $(TEST_PROCESSES) $(OVER_SOCKETS)
+	GRPC_BATCHER_TRANSPORT=public $(AGAIN)
+	GRPC_BATCHER_TRANSPORT=public/direct $(UNTUNED) $(AGAIN)
+	GRPC_BATCHER_TRANSPORT=direct/public $(UNTUNED) $(AGAIN)
 
 # The tests with the oldest and the newest releases, on each Python here. MATRIX_ROWS="3.10-oldest 3.13-newest" and
 # MATRIX_TESTS="core wire" choose; `nox --list` names the rows. With GRPC_BATCHER_TRANSPORT, only the tests over sockets.
