@@ -1,7 +1,9 @@
 """Run the tests with the oldest and the newest releases that the package supports, on each Python.
 
-`make matrix` runs all rows whose Python is on PATH; `nox --list` names them. Arguments after `--` go to pytest, and the
-tests heed GRPC_BATCHER_TRANSPORT: `GRPC_BATCHER_TRANSPORT=public nox -s "tests(3.10-oldest)" -- tests/test_client.py`.
+`make matrix` runs all rows whose Python is on PATH; `nox --list` names them. Arguments after `--` go to pytest, and
+GRPC_BATCHER_TRANSPORT chooses the transport:
+
+GRPC_BATCHER_TRANSPORT=public nox -s "tests(3.10-oldest)" -- tests/test_client.py
 """
 
 from __future__ import annotations

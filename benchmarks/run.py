@@ -188,7 +188,7 @@ def main(arguments: Sequence[str]) -> int:
     rounds = "one round" if settings.rounds == 1 else f"the medians of {settings.rounds} rounds"
     print(f"\nThese are {rounds}; the spread is the largest minus the smallest. It took {progress.passed_s:.0f} s.")
     if here["others_percent"] > _MOST_OTHERS_PERCENT:
-        print(f"Others used {here['others_percent']} % of this machine meanwhile: do not trust these figures.")
+        print(f"Other programs used {here['others_percent']} % of this machine: do not trust these figures.")
     for title, reason in bench.not_run.items():
         print(f"Not run: {title}: {reason}")
     for problem in problems:

@@ -819,7 +819,7 @@ cdef class WaitingRoom:
         """Finish the tickets that are still TAKEN, and replace the others by NULL."""
         cdef Py_ssize_t i
         for i in range(count):
-            # The state is read anew for each, as a ticket may be listed twice.
+            # The state is read for each in turn, as a ticket may be listed twice.
             if tickets[i] == NULL or tickets[i].state != _TAKEN:
                 tickets[i] = NULL
                 continue

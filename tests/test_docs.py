@@ -269,7 +269,7 @@ def test_contributing_says_where_every_module_is() -> None:
 
 
 def test_the_way_of_a_request_leads_through_modules_that_exist() -> None:
-    named = {name for name in code_in(section("The way of a request, in one minute", CONTRIBUTING)) if ".py" in name}
+    named = {name for name in code_in(section("How a request travels, in one minute", CONTRIBUTING)) if ".py" in name}
     assert named
     assert named <= modules()
 
@@ -321,7 +321,7 @@ def test_reliability_and_readme_say_the_bounds_that_keepalive_is_set_to() -> Non
     for bound_s, (interval_s, timeout_s) in ((sum(server_s), server_s), (sum(caller_s), caller_s)):
         (row,) = [row for row in rows(hosts) if row[1] == f"{bound_s} s"]
         assert row[2].startswith(f"pings after {interval_s} s of silence, waits {timeout_s} s")
-    assert f"It may be {life_cycle._MIN_CALLERS_INTERVAL_MS // 1000} seconds at the least" in " ".join(hosts.split())
+    assert f"It must be at least {life_cycle._MIN_CALLERS_INTERVAL_MS // 1000} seconds" in " ".join(hosts.split())
     limits = " ".join(section("Limits", README).split())
     assert f"A server notices a vanished caller within {sum(server_s)} seconds" in limits
     assert f"within {caller_s[1]} seconds if a request is on its way, otherwise within {sum(caller_s)}" in limits

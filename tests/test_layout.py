@@ -79,7 +79,7 @@ def test_imports_are_found() -> None:
 
 
 @pytest.mark.parametrize("file", ["direct_server.py", "direct_client.py", "public.py", "choice.py", "interface.py"])
-def test_grpcios_private_attributes_are_used_in_one_file(file: str) -> None:
+def test_no_other_file_uses_private_attributes_of_grpcios_objects(file: str) -> None:
     tree = tree_of(PACKAGE / "_transport" / file)
     private = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr.startswith("_")]
     owners = {ast.unparse(node.value) for node in private if not node.attr.startswith("__")}
@@ -91,7 +91,7 @@ def test_every_part_is_known() -> None:
     assert parts == set(FORBIDDEN) | {"__init__", "__main__", "_cli", "_version"}
 
 
-def test_no_two_classes_have_one_name() -> None:
+def test_no_two_classes_share_a_name() -> None:
     classes = [
         node.name
         for file in files()
@@ -114,7 +114,7 @@ def private_names_of_grpcio(file: Path) -> set[str]:
     return names
 
 
-def test_grpcios_private_names_stand_in_one_file() -> None:
+def test_only_one_file_uses_grpcios_private_names() -> None:
     users = {file.relative_to(PACKAGE).as_posix() for file in files() if private_names_of_grpcio(file)}
     assert users == {"_transport/grpcio_private.py"}
 

@@ -18,7 +18,7 @@ from .workers import Worker, WorkerError, obey, stop_all
 # From the command to the first request: the command has to reach all processes.
 _LEAD_S = 0.1
 
-# How often `watch` is called, at the least.
+# `watch` is called at least this often.
 _LOOK_EVERY_S = 0.25
 
 
