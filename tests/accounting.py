@@ -16,6 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -199,8 +200,19 @@ _forkserver = multiprocessing.get_context("forkserver")
 _forkserver.set_forkserver_preload(["pytest", "accounting"])
 
 
+def _ensure_forkserver() -> None:
+    """The fork server imports from the folder it is started in, and is silent about modules that it does not find."""
+    folder = os.getcwd()
+    os.chdir(Path(__file__).parent)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(folder)
+
+
 def start_process(function: Callable[..., None], *arguments: Any) -> BaseProcess:
     """Run a module's function in its own process, which ends with this one at the latest."""
+    _ensure_forkserver()
     process = _forkserver.Process(target=function, args=arguments, daemon=True)
     process.start()
     return process
