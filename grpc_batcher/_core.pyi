@@ -144,10 +144,12 @@ class WaitingRoom:
     @property
     def open_streams(self) -> int:
         """Streams that are open now."""
-    def open_stream(self, owner: object = None) -> Stream:
+    def open_stream(self, owner: object = None, *, pooled: bool = False) -> Stream:
         """Return a new Stream, which the room keeps alive until it is closed.
 
         owner: any object; it is the `owner` of the stream's tickets.
+        pooled: whether its caller has several such streams and uses any of them, so that an idle one says little about
+            what the caller will do.
         """
     def poll_batch(self) -> tuple[str, list[Ticket]] | None:
         """Take a batch if one is due, without blocking.

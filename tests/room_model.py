@@ -64,9 +64,11 @@ def rows_of(tickets: Sequence[Ticket]) -> int:
 
 
 class Stream:
-    def __init__(self, room: WaitingRoom, owner: Any) -> None:
+    def __init__(self, room: WaitingRoom, owner: Any, pooled: bool) -> None:
         self.room = room
         self.owner = owner
+        self.pooled = pooled
+        self.was_absent = False  # since its last answer, a batch has waited a whole window for it
         self.is_open = True
         self.answered_ns: int | None = None
 
@@ -107,7 +109,9 @@ class Stream:
             ticket.state = LEFT
 
     def was_answered_recently(self) -> bool:
-        return self.answered_ns is not None and self.room.clock.now_ns - self.answered_ns < SECOND_NS
+        if self.answered_ns is None or self.was_absent:
+            return False
+        return self.room.clock.now_ns - self.answered_ns < SECOND_NS
 
 
 class WaitingRoom:
@@ -140,8 +144,8 @@ class WaitingRoom:
         self.accepted: list[Ticket] = []
         self.taken_batches: list[tuple[str, list[Ticket]]] = []
 
-    def open_stream(self, owner: Any = None) -> Stream:
-        stream = Stream(self, owner)
+    def open_stream(self, owner: Any = None, *, pooled: bool = False) -> Stream:
+        stream = Stream(self, owner, pooled)
         self.streams.append(stream)
         return stream
 
@@ -162,6 +166,10 @@ class WaitingRoom:
         reason = self.reason()
         if reason is None:
             return None
+        if reason == "timeout":
+            for stream in self.streams:
+                if stream.answered_ns is not None and stream.answered_ns <= batch[0].pushed_ns:
+                    stream.was_absent |= stream.pooled and not self.unfinished_of(stream)
         for ticket in batch:
             ticket.state = TAKEN
             ticket.taken_ns = self.clock.now_ns
@@ -181,6 +189,7 @@ class WaitingRoom:
                 ticket.state = FINISHED
                 ticket.outcome = outcome
                 ticket.stream.answered_ns = self.clock.now_ns
+                ticket.stream.was_absent = False
 
     def close(self) -> None:
         self.closed = True

@@ -99,7 +99,7 @@ class CoreBesideModel(RuleBasedStateMachine):
         self.outcomes = 0
         self.popped_before = 0
         for number in range(callers):
-            self.open_stream(number)
+            self.open_stream(number, pooled=number % 2 == 0)
             self.push(self.streams[-1], None, 0, 1)
             self.clock.now_ns += window_ns
             self.take()
@@ -113,8 +113,8 @@ class CoreBesideModel(RuleBasedStateMachine):
 
     # ---- callers ----
 
-    def open_stream(self, owner: object) -> None:
-        self.streams.append(Pair(self.room.core.open_stream(owner), self.room.model.open_stream(owner)))
+    def open_stream(self, owner: object, *, pooled: bool) -> None:
+        self.streams.append(Pair(*(room.open_stream(owner, pooled=pooled) for room in self.room)))
 
     def push(self, stream: Pair, deadline_in_ns: int | None, size_bytes: int, rows: int) -> None:
         self.requests += 1
@@ -136,7 +136,7 @@ class CoreBesideModel(RuleBasedStateMachine):
         self.push(stream, data.draw(DEADLINES_NS), data.draw(SIZES_BYTES), data.draw(self.rows))
 
     def push_on_a_new_stream(self, data: st.DataObject) -> None:
-        self.open_stream(data.draw(st.integers()))
+        self.open_stream(data.draw(st.integers()), pooled=data.draw(st.booleans()))
         self.push_drawn(self.streams[-1], data)
 
     def push_on_idle_streams(self, data: st.DataObject) -> None:

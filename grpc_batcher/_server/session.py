@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from .. import _core
-from .._contract import MAX_DURATION_S
+from .._contract import MAX_DURATION_S, POOLED_KEY
 from .._models import BadRequestError
 from .._transport.interface import ServerStream, StreamEnd
 from .callback import Failed
