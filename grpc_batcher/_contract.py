@@ -16,8 +16,8 @@ METHOD = f"/{SERVICE_NAME}/ProcessRequest"
 # client knows whether its last request was refused, and so may be sent again.
 TAKEN_IN_KEY = "grpc-batcher-taken-in"
 
-# Metadata of a stream that is one of several of its caller, which uses any of them for its next request. The value means
-# nothing.
+# Metadata of a stream that is one of several of its caller, which uses any of them for its next request. Its value has
+# no meaning.
 POOLED_KEY = "grpc-batcher-pooled"
 
 # Both ends accept messages up to this size unless told otherwise. gRPC counts a message's bytes in an int32.

@@ -112,9 +112,7 @@ class AsyncMukoeBatcherClient:
     def __repr__(self) -> str:
         return f"Async{self._client!r}"
 
-    async def _take_place(
-        self, loop: asyncio.AbstractEventLoop, mailbox: _Mailbox, timeout_s: float | None
-    ) -> None:
+    async def _take_place(self, loop: asyncio.AbstractEventLoop, mailbox: _Mailbox, timeout_s: float | None) -> None:
         """Wait for a place. Raises RequestError after the time limit."""
         exchanges = self._client._exchanges
         given: asyncio.Future[bytes] = loop.create_future()

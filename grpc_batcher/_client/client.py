@@ -154,7 +154,7 @@ class MukoeBatcherClient:
         if is_reporting():
             places.take_regardless()
         elif not places.take(limit_ns):
-            future.fail(self._exchanges.no_place())
+            future.finish(self._exchanges.no_place())
             return future
         # It keeps the client alive until the answer is there.
         (future.exchange,) = self._exchanges.begin([(message, partial(self._resolve, future))], limit_ns)

@@ -95,10 +95,9 @@ class Exchanges:
 
     def no_place(self) -> RequestError:
         """Return the error of a request that was not sent within its time limit."""
-        return RequestError(
-            grpc.StatusCode.DEADLINE_EXCEEDED,
-            f"{self.places.limit} requests, the most allowed (max_in_flight), were on their way during all of timeout_s",
-        )
+        limit = self.places.limit
+        details = f"{limit} requests were on their way, the most allowed (max_in_flight), until timeout_s was over"
+        return RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, details)
 
     def conclude(self, loan: Loan, reply: bytes | None, error: Any, resends: int) -> bytes | None:
         """Decide what the end of a request on a stream means, and return or discard the stream.

@@ -55,22 +55,22 @@ def send_all(
 
     begun: list[Exchange] = []
     try:
-        number = 0
-        while number < len(messages):
-            count = exchanges.places.take_free(len(messages) - number) or int(exchanges.places.take(due_ns))
+        first = 0
+        while first < len(messages):
+            count = exchanges.places.take_free(len(messages) - first) or int(exchanges.places.take(due_ns))
             if count == 0:
-                end(number, None, exchanges.no_place())
-                number += 1
+                end(first, None, exchanges.no_place())
+                first += 1
                 continue
             batch = []
-            for number in range(number, number + count):
+            for number in range(first, first + count):
                 try:
                     batch.append((messages[number](), partial(end, number)))
                 except Exception as error:
                     exchanges.places.free()
                     end(number, None, error.with_traceback(None))
             begun += exchanges.begin(batch, due_ns)
-            number += 1
+            first += count
         pending.wait()
     except BaseException:  # such as Ctrl-C, or the client was closed
         for exchange in begun:

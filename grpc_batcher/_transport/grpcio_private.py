@@ -229,7 +229,7 @@ def open_pooled_call(
 def _pooled_arguments(create: Any, method: bytes, operations: Sequence[Sequence[Any]], tag: Any) -> tuple[Any, ...]:
     """Return what grpcio's function that makes a call takes: from grpcio 1.63 on, a handle of the method, too."""
     flags = cygrpc.PropagationConstants.GRPC_PROPAGATE_DEFAULTS
-    arguments = (flags, method, None, None, None, None, operations, tag, None)
+    arguments: tuple[Any, ...] = (flags, method, None, None, None, None, operations, tag, None)
     if "_registered_call_handle" in inspect.signature(create).parameters:
         arguments = (*arguments, None)
     try:
