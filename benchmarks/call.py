@@ -40,7 +40,10 @@ class Callers:
 
     def run(self, window: Window, most_requests: int | None = None) -> tuple[Outcome, str | None]:
         """Have them ask in this window, each at most `most_requests` times. Returns the outcome and the transport."""
-        outcome = run(self._senders, self._jobs, window, most_requests=most_requests)
+        if self.connection.run is not None:
+            outcome = self.connection.run(self._jobs, window)
+        else:
+            outcome = run(self._senders, self._jobs, window, most_requests=most_requests)
         return outcome, self.connection.transport()
 
     def first_requests(self, window_s: float) -> list[int]:

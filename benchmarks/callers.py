@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import queue
 import re
@@ -10,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from grpc_batcher import MukoeBatcherClient
+from grpc_batcher import AsyncMukoeBatcherClient, MukoeBatcherClient
 from grpc_batcher._cli.load import Send
 
 import grpc
 from answers import KEY, answer_to
+from in_flight import Run, runs_many, runs_tasks
 
 METHOD = "/mukoe_batcher.MukoeService/ProcessRequest"
 
@@ -26,12 +28,14 @@ class Connection:
     senders: returns one sender per thread, given the number of threads. Called again, it keeps those it made.
     expected: returns the right answer to a payload.
     transport: returns the transport of this library's client, and None for others.
+    run: has all callers ask during a window, instead of a thread per sender; None for threads.
     """
 
     senders: Callable[[int], list[Send]]
     expected: Callable[[bytes], Any]
     close: Callable[[], None]
     transport: Callable[[], str | None] = lambda: None
+    run: Run | None = None
 
 
 def connect(kind: str, address: str) -> Connection:
@@ -61,6 +65,28 @@ def _batcher_each(address: str) -> Connection:
             client.close()
 
     return Connection(_kept(open_client), _batcher_answer, close, lambda: MukoeBatcherClient(address).transport)
+
+
+def _batcher_many(address: str) -> Connection:
+    """One thread, which sends the requests of all callers at once."""
+    client = MukoeBatcherClient(address)
+    return Connection(_no_senders, _batcher_answer, client.close, lambda: client.transport, runs_many(client))
+
+
+def _batcher_asyncio(address: str) -> Connection:
+    """A task per caller."""
+    client = AsyncMukoeBatcherClient(address)
+    return Connection(
+        _no_senders,
+        _batcher_answer,
+        lambda: asyncio.run(client.close()),
+        lambda: client.transport,
+        runs_tasks(client),
+    )
+
+
+def _no_senders(_callers: int) -> list[Send]:
+    return []
 
 
 def _batcher_answer(payload: bytes) -> tuple[dict[str, bytes], int]:
@@ -176,6 +202,8 @@ def _kept(open_sender: Callable[[], Send]) -> Callable[[int], list[Send]]:
 _KINDS = {
     "batcher": _batcher,
     "batcher-each": _batcher_each,
+    "batcher-many": _batcher_many,
+    "batcher-asyncio": _batcher_asyncio,
     "grpcio-streams": _grpcio_streams,
     "grpcio-calls": _grpcio_calls,
     "http": _http,

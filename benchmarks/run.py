@@ -23,7 +23,7 @@ import report
 from measuring import Sample
 from report import Measured
 from row import Bench, Row, Settings
-from rows import actors, callback, core_alone, few_callers, first_request, idle, overlap, streams, throughput
+from rows import actors, callback, core_alone, few_callers, first_request, idle, in_flight, overlap, streams, throughput
 
 ROWS: dict[str, ModuleType] = {
     "throughput": throughput,
@@ -35,6 +35,7 @@ ROWS: dict[str, ModuleType] = {
     "overlap": overlap,
     "actors": actors,
     "first_request": first_request,
+    "in_flight": in_flight,
 }
 
 # The order in which they are measured: the first two share their processes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rows import actors
+from rows import actors, in_flight
 from rows.first_request import UNBATCHED
 from rows.streams import EACH
 from rows.throughput import SIZES
@@ -170,6 +170,28 @@ TARGETS = [
             at_least=2.0 if size == 110_592 else None,
         )
         for size in actors.SIZES
+    ),
+    *(
+        Target(
+            "in_flight",
+            f"{size:,} B: {title} / {threads} blocking threads",
+            Of(f"in_flight/{size}/{kind}/{count}/{DIRECT}"),
+            Of(f"in_flight/{size}/blocking/{threads}/{DIRECT}"),
+            at_least=1.5 if (kind, size, threads) == ("many", 64, 16) else None,
+        )
+        for size in in_flight.SIZES
+        for kind, count, title in (
+            ("many", in_flight.MANY, f"one thread, send_many of {in_flight.MANY}"),
+            ("tasks", in_flight.TASKS, f"asyncio, {in_flight.TASKS} tasks"),
+        )
+        for threads in in_flight.BLOCKING
+    ),
+    Target(
+        "in_flight",
+        f"64 B: server CPU per request, send_many of {in_flight.MANY} / 16 blocking threads",
+        Of(f"in_flight/64/many/{in_flight.MANY}/{DIRECT}", "server_cpu_us"),
+        Of(f"in_flight/64/blocking/16/{DIRECT}", "server_cpu_us"),
+        below=1.0,
     ),
     *(
         Target(

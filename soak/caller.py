@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import array
+import asyncio
 import itertools
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from grpc_batcher import MukoeBatcherClient, RequestError
+from grpc_batcher import AsyncMukoeBatcherClient, MukoeBatcherClient, RequestError
 
 import grpc
 from child import Faults, obey
@@ -64,11 +65,43 @@ class Load(NamedTuple):
     is_probe: bool = False
 
 
+class Sender:
+    """Sends requests to a server in every way that there is."""
+
+    def __init__(self, target: Target, loop: asyncio.AbstractEventLoop) -> None:
+        self._client = _connect(target)
+        self._async_client = AsyncMukoeBatcherClient(target.address, max_message_bytes=MAX_MESSAGE_BYTES)
+        self._loop = loop
+
+    def send(self, payload: bytes, arguments: Mapping[str, Any], chance: random.Random) -> Any:
+        """Send a request, blocking, as a future, as one of many or as a task, and wait for its answer."""
+        way = chance.randrange(4)
+        if way == 0:
+            return self._client.send_request(payload, **arguments)
+        if way == 1:
+            return self._client.submit(payload, **arguments).result()
+        if way == 2:
+            arguments = dict(arguments)
+            timeout_s = arguments.pop("timeout_s")
+            (answer,) = self._client.send_many([{"data": payload, **arguments}], timeout_s=timeout_s)
+            return answer
+        return self._wait_for(self._async_client.send_request(payload, **arguments))
+
+    def close(self) -> None:
+        self._client.close()
+        self._wait_for(self._async_client.close())
+
+    def _wait_for(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+
 class Callers:
     def __init__(self, number: int, targets: list[Target], load: Load, seed: str, faults: Faults) -> None:
         self._number = number
         self._targets = targets
-        self._clients = {target: _connect(target) for target in targets}
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, daemon=True).start()
+        self._clients = {target: Sender(target, loop) for target in targets}
         self._load = load
         self._seed = seed
         self._faults = faults
@@ -179,7 +212,7 @@ class Callers:
             if kind is Kind.CANCELLED:
                 answer = _send_and_close(target, payload, arguments, chance)
             else:
-                answer = client.send_request(payload, **arguments)
+                answer = client.send(payload, arguments, chance)
         except RequestError as error:
             return error.code().name, self._wrong_end(target, number, kind, error)
         if answer is None:

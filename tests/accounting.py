@@ -6,6 +6,7 @@ sees. In the end, `Ledger.account` compares everything with what the library pro
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ import time
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -22,7 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpc_batcher import MukoeBatcherClient, RequestError, create_batcher
+from grpc_batcher import AsyncMukoeBatcherClient, MukoeBatcherClient, RequestError, create_batcher
 
 from serving import eventually, in_background
 
@@ -193,6 +194,56 @@ def _proof_for(data: bytes) -> tuple[dict[str, bytes], int]:
     return {"name": name_in(data).encode(), "digest": hashlib.sha256(data).digest()}, zlib.crc32(data) & 0x7FFFFFFF
 
 
+# ---- ways to send ----
+
+
+class FuturesClient(MukoeBatcherClient):
+    """Sends each request with `submit`, and waits for its future."""
+
+    def send_request(self, *arguments: Any, **named: Any) -> Any:
+        return self.submit(*arguments, **named).result()
+
+
+class AsyncioClient:
+    """Sends each request as a task of a loop, which runs on a thread of its own."""
+
+    def __init__(self, address: str) -> None:
+        self._client = AsyncMukoeBatcherClient(address)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def send_request(self, *arguments: Any, **named: Any) -> Any:
+        return self._run(self._client.send_request(*arguments, **named))
+
+    def close(self) -> None:
+        if not self._loop.is_closed():
+            self._run(self._close())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def __enter__(self) -> AsyncioClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _close(self) -> None:
+        await self._client.close()
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)  # type: ignore[arg-type]
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+
+WAYS: dict[str, Callable[[str], Any]] = {
+    "blocking": MukoeBatcherClient,
+    "futures": FuturesClient,
+    "asyncio": AsyncioClient,
+}
+
+
 # ---- processes ----
 
 # Each process is forked from one that has imported the library but never used it, which takes about 10 ms.
@@ -218,9 +269,9 @@ def start_process(function: Callable[..., None], *arguments: Any) -> BaseProcess
     return process
 
 
-def ask_until_killed(ledger: Ledger, address: str, caller: str, extra_bytes: int = 0) -> None:
+def ask_until_killed(ledger: Ledger, address: str, caller: str, extra_bytes: int = 0, way: str = "blocking") -> None:
     """Run a caller, in its own process."""
-    with MukoeBatcherClient(address) as client:
+    with WAYS[way](address) as client:
         ledger.keep_asking(client, caller, lambda: False, extra_bytes=extra_bytes, thinking_s=_THINKING_S)
 
 

@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from grpc_batcher import MukoeBatcherClient
-
 import pytest
-from accounting import LENGTH, Ledger, asking, start_server, wait_for_answers
+from accounting import LENGTH, WAYS, Ledger, asking, start_server, wait_for_answers
 from serving import serving
 
 THREADS_OF_A_CLIENT = 4
@@ -25,21 +23,24 @@ CALLERS = {f"caller-{number}" for number in range(2 * THREADS_OF_A_CLIENT)}
 
 
 @contextmanager
-def callers_asking(ledger: Ledger, port: int) -> Iterator[None]:
+def callers_asking(ledger: Ledger, port: int, way: str) -> Iterator[None]:
     """Callers that keep using the same clients, whatever happens, until this is left."""
     with (
-        MukoeBatcherClient(f"{HOST}:{port}") as first,
-        MukoeBatcherClient(f"{HOST}:{port}") as second,
+        WAYS[way](f"{HOST}:{port}") as first,
+        WAYS[way](f"{HOST}:{port}") as second,
         asking(ledger, "caller", (first, second) * THREADS_OF_A_CLIENT),
     ):
         yield
 
 
 @pytest.mark.timeout(60 + 60 * LENGTH)
-def test_callers_get_unavailable_when_their_server_is_killed_and_continue_with_the_next(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_callers_get_unavailable_when_their_server_is_killed_and_continue_with_the_next(
+    tmp_path: Path, way: str
+) -> None:
     ledger, moments, kills = Ledger(tmp_path / "ledger"), random.Random(2), 10 * LENGTH
     server, port = start_server(ledger, HOST)
-    with callers_asking(ledger, port):
+    with callers_asking(ledger, port, way):
         for _ in range(kills):
             wait_for_answers(ledger, 100 + moments.randrange(50))
             server.kill()
@@ -54,12 +55,13 @@ def test_callers_get_unavailable_when_their_server_is_killed_and_continue_with_t
 
 
 @pytest.mark.timeout(60 + 60 * LENGTH)
-def test_no_request_is_executed_twice_or_lost_while_servers_restart_under_load(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_no_request_is_executed_twice_or_lost_while_servers_restart_under_load(tmp_path: Path, way: str) -> None:
     """A server that shuts down first answers what it took in."""
     ledger, moments = Ledger(tmp_path / "ledger"), random.Random(3)
     with serving(ledger.callback, host=HOST) as finder:
         port = finder.port
-    with callers_asking(ledger, port):
+    with callers_asking(ledger, port, way):
         for _ in range(20 * LENGTH):
             with serving(ledger.callback, host=HOST, port=port, batch_timeout_s=0.001) as batcher:
                 wait_for_answers(ledger, 50 + moments.randrange(50))
