@@ -1,4 +1,4 @@
-"""A web endpoint that awaits a batcher: one process, one loop, and as many requests in flight as the web server lets in.
+"""A web endpoint that awaits a batcher: one process, one loop, and many requests in flight.
 
 Run it with any ASGI server, and with the batcher's address in the environment:
 
