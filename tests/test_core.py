@@ -326,15 +326,18 @@ def test_a_pooled_stream_counts_until_a_batch_has_waited_a_whole_window_for_it(
     streams[0].push("waits for the others")
     assert room.poll_batch() is None
     clock.now_ns += WINDOW_NS
-    assert requests_of(taken := room.poll_batch()) == ("timeout", ["waits for the others"])
+    taken = room.poll_batch()
+    assert requests_of(taken) == ("timeout", ["waits for the others"])
     answer(room, taken[1])
     streams[0].push("expects nobody")
-    assert requests_of(taken := room.poll_batch()) == ("everyone_in", ["expects nobody"])
+    taken = room.poll_batch()
+    assert requests_of(taken) == ("everyone_in", ["expects nobody"])
     answer(room, taken[1])
     streams[1].push("back")
     assert room.poll_batch() is None
     streams[0].push("expected")
-    assert requests_of(taken := room.poll_batch()) == ("everyone_in", ["back", "expected"])
+    taken = room.poll_batch()
+    assert requests_of(taken) == ("everyone_in", ["back", "expected"])
     answer(room, taken[1])
     streams[0].push("waits for who came back")
     assert room.poll_batch() is None
@@ -352,7 +355,8 @@ def test_a_pooled_stream_that_was_answered_during_the_window_still_counts(
     clock.now_ns += 1
     answer(room, taken)
     clock.now_ns += WINDOW_NS - 1
-    assert requests_of(taken := room.poll_batch()) == ("timeout", ["second"])
+    taken = room.poll_batch()
+    assert requests_of(taken) == ("timeout", ["second"])
     answer(room, taken[1])
     streams[1].push("third")
     assert room.poll_batch() is None
