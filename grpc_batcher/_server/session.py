@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from .. import _core
-from .._contract import MAX_DURATION_S, POOLED_KEY
+from .._contract import MAX_DURATION_S
 from .._models import BadRequestError
 from .._transport.interface import ServerStream, StreamEnd
 from .callback import Failed
@@ -47,6 +47,11 @@ class Session:
         self.has_unsent_reply = False
         self._service = service
         self._source = service.room.open_stream(self) if source is None else source
+    def __init__(self, service: Service, context: grpc.ServicerContext, *, pooled: bool = False) -> None:
+        self.stream: ServerStream | None = None
+        self.has_unsent_reply = False
+        self._service = service
+        self._source = service.room.open_stream(self, pooled=pooled)
         self._deadline_ns = _deadline_ns(context.time_remaining())
         # Makes "pushed" and "counted as taken in" one step, so that a shutdown on another thread sees both or neither.
         self._lock = threading.Lock()
