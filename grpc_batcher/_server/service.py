@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TypeVar
 from functools import partial
+from typing import TypeVar
 
 import grpc
 
@@ -36,8 +36,9 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         """Return the handler of a new stream; None for methods that are not ours."""
         if handler_call_details.method != METHOD:
             return None
-        pooled = any(key == POOLED_KEY for key, _value in handler_call_details.invocation_metadata)
-        return choice.stream_handler(partial(self.open_session, pooled=pooled))
+        if any(key == POOLED_KEY for key, _value in handler_call_details.invocation_metadata):
+            return choice.stream_handler(partial(self.open_session, make=partial(Session, pooled=True)))
+        return choice.stream_handler(self.open_session)
 
     def open_session(
         self,
@@ -45,10 +46,6 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         make: Callable[[Service, grpc.ServicerContext], _Session] = Session,  # type: ignore[assignment]
     ) -> _Session:
         """Raises StreamEnd if too many streams are open, or the batcher is shutting down."""
-    def open_session(self, context: grpc.ServicerContext, *, pooled: bool = False) -> Session:
-        """Return the session of a new stream, which may be one of several of its caller's.
-
-        Raises StreamEnd if too many streams are open, or the batcher is shutting down."""
         if self.room.closed:
             raise StreamEnd(grpc.StatusCode.UNAVAILABLE, SHUTTING_DOWN)
         with self._changed:
@@ -58,7 +55,6 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
                     f"{self._max_streams} streams are open, which is the most allowed (max_streams)",
                 )
             session = make(self, context)
-            session = Session(self, context, pooled=pooled)
             self._sessions.add(session)
             return session
 

@@ -42,16 +42,18 @@ class Session:
     has_unsent_reply: whether a reply or a status is still to be sent.
     """
 
-    def __init__(self, service: Service, context: grpc.ServicerContext, source: _core.Stream | None = None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        context: grpc.ServicerContext,
+        source: _core.Stream | None = None,
+        *,
+        pooled: bool = False,
+    ) -> None:
         self.stream: ServerStream | None = None
         self.has_unsent_reply = False
         self._service = service
-        self._source = service.room.open_stream(self) if source is None else source
-    def __init__(self, service: Service, context: grpc.ServicerContext, *, pooled: bool = False) -> None:
-        self.stream: ServerStream | None = None
-        self.has_unsent_reply = False
-        self._service = service
-        self._source = service.room.open_stream(self, pooled=pooled)
+        self._source = service.room.open_stream(self, pooled=pooled) if source is None else source
         self._deadline_ns = _deadline_ns(context.time_remaining())
         # Makes "pushed" and "counted as taken in" one step, so that a shutdown on another thread sees both or neither.
         self._lock = threading.Lock()
