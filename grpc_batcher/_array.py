@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def import_numpy() -> Any:
     return numpy
 
 
+# Both are asked for each array of each request or batch, and numpy makes a dtype's name anew each time.
+@lru_cache
 def dtype_named(name: str) -> np.dtype[Any]:
     """Return the dtype of a name on the wire. Raises TypeError if there is none here, or if it cannot travel."""
     numpy = import_numpy()
@@ -98,6 +100,7 @@ def dtype_named(name: str) -> np.dtype[Any]:
     return dtype  # type: ignore[no-any-return]
 
 
+@lru_cache
 def name_of(dtype: np.dtype[Any]) -> str:
     """Return a dtype's name on the wire, which says nothing about byte order. Raises TypeError if it cannot travel."""
     if dtype.kind in "biufc" or dtype.type in _extra_types().values():
