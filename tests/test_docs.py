@@ -79,6 +79,8 @@ def anchors(text: str) -> set[str]:
 # ---- the examples ----
 
 DEFAULT_PORT = 50051
+# An example that imports one of these is skipped where it is not installed.
+OPTIONAL_MODULES = ("jax", "ml_dtypes", "prometheus_client")
 # The example in docs/new-model.md needs a changed package: see below.
 BLOCKS = [(name, block) for name, text in TEXTS.items() if text is not NEW_MODEL for block in blocks(text, "python")]
 SERVER_EXAMPLES = [(name, block) for name, block in BLOCKS if "serve_forever(" in block]
@@ -108,8 +110,9 @@ def default_port() -> Iterator[None]:
 def test_an_example_runs_unchanged_and_prints_what_it_says(
     name: str, block: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    if "prometheus_client" in block:
-        pytest.importorskip("prometheus_client")
+    for module in OPTIONAL_MODULES:
+        if re.search(rf"^(import|from) {module}\b", block, re.MULTILINE):
+            pytest.importorskip(module)
     if f"port={DEFAULT_PORT}" in block:
         request.getfixturevalue("default_port")
     output = run_program(tmp_path, block)
@@ -120,6 +123,7 @@ def test_an_example_runs_unchanged_and_prints_what_it_says(
 def test_the_examples_are_found() -> None:
     assert [(name, f"port={DEFAULT_PORT}" in block) for name, block in EXAMPLES] == [
         ("README.md", True),
+        *[("docs/arrays.md", False)] * 6,
         ("docs/batching.md", False),
         ("docs/clients.md", False),
         ("docs/clients.md", False),
