@@ -16,10 +16,13 @@ SOAK_S ?= 600
 FUZZ_S ?= 300
 DEBUG_TESTS ?= tests
 
-.PHONY: demo test test-transports matrix bench soak lint debug tsan asan fuzz wheels dist proto check-proto clean
+.PHONY: demo demo-jax test test-transports matrix bench soak lint debug tsan asan fuzz wheels dist proto check-proto clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/atari_demo.py
+
+demo-jax: $(VENV)/installed-demo-jax
+	$(BIN)/python examples/jax_muzero.py
 
 test: $(VENV)/installed-test
 	$(BIN)/pytest -n $(TEST_PROCESSES) tests
