@@ -9,16 +9,23 @@ import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from grpc_batcher import AsyncMukoeBatcherClient, MukoeBatcherClient
 from grpc_batcher._cli.load import Send
 
 import grpc
-from answers import KEY, answer_to
+from answers import KEY, TAG_BYTES, answer_to
+from array_kinds import EMBEDDING_BYTES, number_of, packed_observation, packed_value
 from in_flight import Run, runs_many, runs_tasks
 
 METHOD = "/mukoe_batcher.MukoeService/ProcessRequest"
+
+
+def numbered(payload_bytes: int, number: int) -> bytes:
+    """A payload that ends with its number."""
+    return bytes(payload_bytes - TAG_BYTES) + number.to_bytes(TAG_BYTES, "big")
 
 
 @dataclass
@@ -27,6 +34,7 @@ class Connection:
 
     senders: returns one sender per thread, given the number of threads. Called again, it keeps those it made.
     expected: returns the right answer to a payload.
+    payload: makes one, given its bytes and a number that differs between payloads.
     transport: returns the transport of this library's client, and None for others.
     run: has all callers ask during a window, instead of a thread per sender; None for threads.
     """
@@ -36,6 +44,7 @@ class Connection:
     close: Callable[[], None]
     transport: Callable[[], str | None] = lambda: None
     run: Run | None = None
+    payload: Callable[[int, int], bytes] = numbered
 
 
 def connect(kind: str, address: str) -> Connection:
@@ -91,6 +100,27 @@ def _no_senders(_callers: int) -> list[Send]:
 
 def _batcher_answer(payload: bytes) -> tuple[dict[str, bytes], int]:
     return {KEY: answer_to(payload)}, 0
+
+
+def _packed(address: str, *, blind: bool = False) -> Connection:
+    """Arrays that are packed before, so that the servers differ in nothing else. `blind` servers see no number."""
+    client = MukoeBatcherClient(address)
+
+    def send(payload: bytes) -> tuple[list[str], bool, bytes]:
+        answer, _step = client.send_request(payload)
+        return sorted(answer), len(answer["embedding"]) > EMBEDDING_BYTES, answer["value"]
+
+    return Connection(
+        senders=lambda callers: [send] * callers,
+        expected=lambda payload: (
+            ["embedding", "policy", "reward", "value"],
+            True,
+            packed_value(0 if blind else number_of(payload)),
+        ),
+        close=client.close,
+        transport=lambda: client.transport,
+        payload=packed_observation,
+    )
 
 
 def _grpcio_streams(address: str) -> Connection:
@@ -204,6 +234,8 @@ _KINDS = {
     "batcher-each": _batcher_each,
     "batcher-many": _batcher_many,
     "batcher-asyncio": _batcher_asyncio,
+    "packed": _packed,
+    "blind": partial(_packed, blind=True),
     "grpcio-streams": _grpcio_streams,
     "grpcio-calls": _grpcio_calls,
     "http": _http,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rows import actors, in_flight
+from array_kinds import ARRAYS, BLIND, BY_HAND, DTYPES
+from rows import actors, arrays, in_flight
 from rows.first_request import UNBATCHED
 from rows.streams import EACH
 from rows.throughput import SIZES
@@ -54,6 +55,12 @@ _THROUGHPUT: dict[str, tuple[str, dict[int, float]]] = {
     CPP: ("C++ echo", {64: 0.8, 110_592: 0.8, 884_736: 0.8}),
     MOSEC: ("mosec", {64: 2.2}),
     MOSEC_SOCKET: ("mosec, bare socket", {64: 0.8}),
+}
+
+# Arrays: how many times the throughput of array work by hand, and of no array work, by the bytes of a request.
+_ARRAYS = {
+    BY_HAND: {110_592: 1.15, 884_736: 1.4},
+    BLIND: {110_592: 0.9, 884_736: 0.85},
 }
 
 TARGETS = [
@@ -201,5 +208,24 @@ TARGETS = [
             Of(f"first/{STREAMS}", "p50_ms"),
         )
         for name, title in ((DIRECT, "direct transport"), (UNBATCHED, "direct transport, batches of one"))
+    ),
+    *(
+        Target(
+            "arrays",
+            f"{size:,} B, batches of {batch_size}, {network_title}: arrays= / {arrays.WAYS[way]}",
+            Of(arrays.key(size, batch_size, network, ARRAYS)),
+            Of(arrays.key(size, batch_size, network, way)),
+            at_least=at_least[size],
+        )
+        for way, at_least in _ARRAYS.items()
+        for size in DTYPES
+        for batch_size in arrays.BATCH_SIZES
+        for network, network_title in arrays.NETWORKS.items()
+    ),
+    Target(
+        "arrays",
+        f"{arrays.GIL_BYTES:,} B: the GIL held for a batch of {arrays.GIL_BATCH_SIZE}, in ms",
+        Of(arrays.GIL_KEY, "gil_ms"),
+        below=0.1,
     ),
 ]
