@@ -196,7 +196,7 @@ def main(arguments: Sequence[str]) -> int:
         bench.not_run["the picture"] = str(error)
 
     print(
-        "Batches of 16 / 5 ms, answers of 1 KiB. Unless stated otherwise: requests of 64 B, callers in 2 processes.\n"
+        "Unless stated otherwise: batches of 16 / 5 ms, requests of 64 B, answers of 1 KiB, callers in 2 processes.\n"
     )
     print(report.as_text(table))
     rounds = "one round" if settings.rounds == 1 else f"the medians of {settings.rounds} rounds"
