@@ -83,8 +83,7 @@ class BatchLoop:
             if self._has_ended:
                 raise RuntimeError("this batcher was shut down")
             self._between.append((future, function))
-        # On the batch thread itself, it waits for its turn after the next batch. If it made one of its own, a function
-        # that asks for its next call would leave no time for batches.
+        # On the batch thread itself it waits for a batch, or a function that asks for its next call would never end.
         if not self.is_current_thread():
             self._room.nudge()
         return future
@@ -110,10 +109,11 @@ class BatchLoop:
             self._call_between()
             while not is_cancelled.is_set() and (taken := self._room.take_batch()) is not None:
                 _reason, tickets = taken
+                self._call_between()  # which may have been asked for before these requests were sent
                 if tickets:
                     self._process(tickets)
+                    self._call_between()
                 del taken, tickets  # a batcher that waits keeps nothing alive
-                self._call_between()
         except BaseException as error:
             self._on_failure(error)
 

@@ -177,7 +177,7 @@ class MukoeBatcher:
 
         Use it for what must not happen during a callback, such as loading weights in place. May be called from any
         thread. What is asked for before `start` is called when the batcher starts, before it warms up; what such a
-        function asks for itself, after the next batch. A shutdown cancels what was not called yet.
+        function asks for itself, with the next batch. A shutdown cancels what was not called yet.
 
         Raises RuntimeError after a shutdown.
         """
