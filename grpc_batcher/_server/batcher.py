@@ -102,9 +102,9 @@ class MukoeBatcher:
     def start(self) -> None:
         """Warm the callback up if that was asked for, then listen and serve. The batcher is ready when this returns.
 
-        Raises BindError if the address is not available, whatever the callback raises as it warms up, BatcherError if it
-        then returns what cannot be sent, and RuntimeError if the batcher was started or shut down before. After the
-        first three, nothing is left open, and the batcher may be started again.
+        Raises BindError if the address is not available, whatever the callback raises as it warms up, and BatcherError
+        if it then returns what cannot be sent. Nothing is left open then, and the batcher may be started again. Raises
+        RuntimeError if it was started or shut down before.
         """
         self._life.start()
 
