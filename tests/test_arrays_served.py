@@ -597,6 +597,7 @@ class Broken:
         ({"\udc80": IMAGE}, ValueError, "surrogates not allowed"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Creating an ndarray from ragged")  # numpy 1.23
 def test_arguments_that_cannot_be_sent_raise_before_anything_is_sent(
     arguments: dict[str, Any], error: Any, text: str
 ) -> None:

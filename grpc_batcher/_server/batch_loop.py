@@ -39,6 +39,7 @@ class BatchLoop:
         self._warm: Future[None] = Future()
         self._is_cancelled = threading.Event()
         self._between: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._is_running = threading.Lock()  # held by the thread, as one that an interrupted start left may still run
         self._lock = threading.RLock()  # makes "not ended" and "queued" one step in between_batches
         self._has_ended = False
 
@@ -52,7 +53,7 @@ class BatchLoop:
         self._is_cancelled = threading.Event()
         thread = threading.Thread(
             target=self._run,
-            args=(self._thread, self._warm, self._is_cancelled),
+            args=(self._warm, self._is_cancelled),
             name="grpc_batcher-batch",
             daemon=True,
         )
@@ -95,27 +96,31 @@ class BatchLoop:
         while (next_call := self._next_between()) is not None:
             next_call[0].cancel()
 
-    def _run(self, previous: threading.Thread | None, warm: Future[None], is_cancelled: threading.Event) -> None:
-        try:
-            if previous is not None:
-                previous.join()  # an interrupted start leaves it in the callback
-            self._call_between()
-            self._callback.warm_up()
-        except BaseException as error:
-            warm.set_exception(error)
-            return
-        warm.set_result(None)
-        try:
-            self._call_between()
-            while not is_cancelled.is_set() and (taken := self._room.take_batch()) is not None:
-                _reason, tickets = taken
-                self._call_between()  # which may have been asked for before these requests were sent
-                if tickets:
-                    self._process(tickets)
-                    self._call_between()
-                del taken, tickets  # a batcher that waits keeps nothing alive
-        except BaseException as error:
-            self._on_failure(error)
+    def _run(self, warm: Future[None], is_cancelled: threading.Event) -> None:
+        with self._is_running:
+            if is_cancelled.is_set():
+                return
+            try:
+                self._call_between()
+                self._callback.warm_up()
+            except BaseException as error:
+                warm.set_exception(error)
+                return
+            warm.set_result(None)
+            try:
+                self._take_batches(is_cancelled)
+            except BaseException as error:
+                self._on_failure(error)
+
+    def _take_batches(self, is_cancelled: threading.Event) -> None:
+        self._call_between()
+        while not is_cancelled.is_set() and (taken := self._room.take_batch()) is not None:
+            _reason, tickets = taken
+            self._call_between()  # which may have been asked for before these requests were sent
+            if tickets:
+                self._process(tickets)
+                self._call_between()
+            del taken, tickets  # a batcher that waits keeps nothing alive
 
     def _call_between(self) -> None:
         """Call the functions that are queued now, but not those that they queue."""
