@@ -138,12 +138,13 @@ def test_a_failed_row_fails_its_request_alone() -> None:
 
 
 def test_what_a_callback_returns_is_not_looked_at_if_all_rows_failed(
-    server: tuple[Programmed, MukoeBatcher, MukoeBatcherClient],
+    server: tuple[Programmed, MukoeBatcher, MukoeBatcherClient], caplog: pytest.LogCaptureFixture
 ) -> None:
     programmed, _batcher, client = server
     programmed.next = lambda batch: batch.fail(0, RuntimeError("nothing to return"))
     details = error_of(client.send_request, row(1)).details()
     assert details == "the callback answered this request with RuntimeError: nothing to return"
+    assert caplog.records == []
     assert_equal(client.send_request(row(2)), {"data": row(2)})
 
 
