@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.p* grpc_batcher/*/*.p*)
 
 # What depends neither on the transport nor on gRPC's poller, or chooses both for itself.
-NOT_OVER_SOCKETS := $(wildcard tests/test_core*) $(patsubst %,tests/test_%.py,wire array_codec leaks callback session \
+NOT_OVER_SOCKETS := $(wildcard tests/test_core*) $(patsubst %,tests/test_%.py,wire array array_codec leaks callback session \
 	docs layout build_script uncompiled process interrupts tracing)
 OVER_SOCKETS := $(filter-out $(NOT_OVER_SOCKETS),$(wildcard tests/test_*.py))
 

@@ -165,10 +165,10 @@ class WaitingRoom:
         """Block, without the GIL, until a batch is due, and take it.
 
         Returns (reason, tickets), with the oldest ticket first, or None once the room is closed and nothing is waiting.
-        After a `nudge`, returns ("nudge", []) instead.
+        After a `nudge`, returns ("nudge", []) rather than wait.
         """
     def nudge(self) -> None:
-        """Have `take_batch` return without a batch: now if a thread is in it, otherwise the next time it is called."""
+        """Have `take_batch` return even if no batch is due: now if a thread is in it, otherwise the next time."""
     def finish(self, tickets: Sequence[Ticket], outcomes: Sequence[object]) -> None:
         """Give each taken ticket its outcome (any object), all at the same moment, and wake the threads that wait.
 

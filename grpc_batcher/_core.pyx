@@ -456,7 +456,7 @@ cdef class WaitingRoom:
         """Block, without the GIL, until a batch is due, and take it.
 
         Returns (reason, tickets), with the oldest ticket first, or None once the room is closed and nothing is waiting.
-        After a `nudge`, returns ("nudge", []) instead.
+        After a `nudge`, returns ("nudge", []) rather than wait.
 
         On the main thread, signal handlers run meanwhile. If one raises, this raises that, and no request is lost.
         """
@@ -478,7 +478,7 @@ cdef class WaitingRoom:
             PyErr_CheckSignals()
 
     def nudge(self):
-        """Have `take_batch` return without a batch: now if a thread is in it, otherwise the next time it is called."""
+        """Have `take_batch` return even if no batch is due: now if a thread is in it, otherwise the next time."""
         self._lock()
         self._nudged = True
         pthread_cond_signal(&self._due_sooner)
@@ -735,13 +735,14 @@ cdef class WaitingRoom:
         cdef Reason reason = NOT_DUE
         pthread_mutex_lock(&self._mutex)
         while True:
-            nudged[0], self._nudged = self._nudged, False
-            if nudged[0]:
-                break
             now_ns = self._now_ns()
             reason = self._pop_if_due(now_ns, batch, expired)
             over[0] = self._closed and self._waiting == 0
             if batch[0] != NULL or expired[0] != NULL or over[0]:
+                break
+            # Only now: nudges that follow one another without a pause must keep nobody waiting.
+            nudged[0], self._nudged = self._nudged, False
+            if nudged[0]:
                 break
             wake_ns = self._due_ns(now_ns)
             if check_signals:

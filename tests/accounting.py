@@ -23,8 +23,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpc_batcher import AsyncMukoeBatcherClient, MukoeBatcherClient, RequestError, create_batcher
+from grpc_batcher import Array, AsyncMukoeBatcherClient, Batch, MukoeBatcherClient, RequestError, create_batcher
 
+import numpy as np
 from serving import eventually, in_background
 
 # GRPC_BATCHER_TRIALS=20 in the environment makes the random trials twenty times as long.
@@ -242,6 +243,69 @@ WAYS: dict[str, Callable[[str], Any]] = {
     "futures": FuturesClient,
     "asyncio": AsyncioClient,
 }
+
+
+# ---- the same with arrays ----
+
+_ROW_BYTES = 1024
+_MAX_NAME_BYTES = 64
+ARRAY_OPTIONS = {
+    "model": "arrays",
+    "arrays": {"payload": Array((_ROW_BYTES,), "uint8"), "size_bytes": Array((), "int64")},
+    "batch_sizes": (1, 4, 8),
+}
+
+
+class ArrayClient:
+    """Sends bytes in arrays to a batcher with ARRAY_OPTIONS, as a client of bytes would, and gets bytes back."""
+
+    def __init__(self, address: str) -> None:
+        self._client = MukoeBatcherClient(address, arrays=True)
+
+    def send_request(self, data: bytes, *, timeout_s: float | None = None) -> tuple[dict[str, bytes], int]:
+        payload = np.frombuffer(data.ljust(_ROW_BYTES, b"\0"), np.uint8)
+        answer, _ = self._client.send_request(payload=payload, size_bytes=np.int64(len(data)), timeout_s=timeout_s)
+        dictionary = {"name": answer["name"].tobytes().rstrip(b"\0"), "digest": answer["digest"].tobytes()}
+        return dictionary, int(answer["step"])
+
+    def close(self) -> None:
+        self._client.close()
+
+    def __enter__(self) -> ArrayClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def with_arrays(callback: Callable[[list[bytes]], Any]) -> Callable[[Batch], dict[str, Any]]:
+    """Return the callback for such a batcher that does what this one does with bytes."""
+
+    def infer(batch: Batch) -> dict[str, Any]:
+        sent = list(zip(batch["payload"], batch["size_bytes"], strict=True))[: batch.count]
+        answers = callback([payload[:size_bytes].tobytes() for payload, size_bytes in sent])
+        names = [list(answer["name"].ljust(_MAX_NAME_BYTES, b"\0")) for answer, _step in answers]
+        digests = [list(answer["digest"]) for answer, _step in answers]
+        return {
+            "name": np.array(names, np.uint8),
+            "digest": np.array(digests, np.uint8),
+            "step": [step for _answer, step in answers],
+        }
+
+    return infer
+
+
+class Kind(NamedTuple):
+    """How a trial's requests travel: as bytes, or in arrays."""
+
+    callback: Callable[[Callable[[list[bytes]], Any]], Callable[[Any], Any]]
+    client: Callable[[str], Any]
+    options: dict[str, Any]
+
+
+# Every way in which bytes are sent, and arrays.
+KINDS = {way: Kind(lambda callback: callback, client, {}) for way, client in WAYS.items()}
+KINDS["arrays"] = Kind(with_arrays, ArrayClient, ARRAY_OPTIONS)
 
 
 # ---- processes ----

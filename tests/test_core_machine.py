@@ -28,7 +28,7 @@ STEPS = (
     *("take", "answer_all") * 2,
     *("let_time_pass", "let_time_pass_until_something_could_happen"),
     *("close_stream_that_waits", "close_stream", "push_on_any_stream"),
-    *("answer_some", "wait_where_it_does_not_block", "end"),
+    *("answer_some", "wait_where_it_does_not_block", "nudge_and_take", "end"),
 )
 
 
@@ -164,7 +164,15 @@ class CoreBesideModel(RuleBasedStateMachine):
     # ---- the taker ----
 
     def take(self, data: st.DataObject | None = None) -> None:
-        core, model = self.room.core.poll_batch(), self.room.model.poll_batch()
+        self.compare_batches(self.room.core.poll_batch(), self.room.model.poll_batch())
+
+    def nudge_and_take(self, data: st.DataObject) -> None:
+        """After a nudge, or several, `take_batch` does not block. A nudge that found a batch is still there later."""
+        for _ in range(data.draw(st.integers(0 if self.room.model.nudged else 1, 2))):
+            both(lambda room: room.nudge(), self.room)
+        self.compare_batches(self.room.core.take_batch(), self.room.model.take_batch())
+
+    def compare_batches(self, core: Any, model: Any) -> None:
         assert (core is None) == (model is None)
         if core is not None:
             batch = [Pair(*tickets) for tickets in zip(core[1], model[1], strict=True)]

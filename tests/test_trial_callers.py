@@ -15,7 +15,18 @@ from typing import Any
 from grpc_batcher._server.session import Session
 
 import pytest
-from accounting import LENGTH, WAYS, Ledger, ask_until_killed, asking, name_in, start_process, wait_for_answers
+from accounting import (
+    KINDS,
+    LENGTH,
+    WAYS,
+    Kind,
+    Ledger,
+    ask_until_killed,
+    asking,
+    name_in,
+    start_process,
+    wait_for_answers,
+)
 from serving import Held, address_of, connect, eventually, in_background, open_files, resident_bytes, serving
 
 KILLED_AT_ONCE, KILLED_IN_TOTAL, REQUEST_BYTES = 20, 200 * LENGTH, 200_000
@@ -106,8 +117,8 @@ def test_requests_of_callers_that_leave_while_waiting_never_reach_the_callback(t
     assert set(account.failed.values()) == {"DEADLINE_EXCEEDED", "CANCELLED"}
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_time_limits_that_pass_at_any_moment_do_not_affect_others(tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_time_limits_that_pass_at_any_moment_do_not_affect_others(kind: Kind, tmp_path: Path) -> None:
     """The limits are about as long as an answer takes, so they pass on the way, in the queue and in the callback."""
     ledger = Ledger(tmp_path / "ledger")
 
@@ -117,9 +128,9 @@ def test_time_limits_that_pass_at_any_moment_do_not_affect_others(tmp_path: Path
             ledger.ask(client, f"hurries-{caller}/{number}", timeout_s=limits.uniform(1e-4, 8e-3))
 
     with (
-        serving(ledger.callback, batch_timeout_s=0.002) as batcher,
-        WAYS[way](address_of(batcher)) as client,
-        WAYS[way](address_of(batcher)) as other_client,
+        serving(kind.callback(ledger.callback), batch_timeout_s=0.002, **kind.options) as batcher,
+        kind.client(address_of(batcher)) as client,
+        kind.client(address_of(batcher)) as other_client,
         asking(ledger, "other", [other_client] * 4),
     ):
         for caller in [in_background(hurry, caller) for caller in range(4)]:

@@ -171,8 +171,13 @@ def serve(
     threading.Thread(target=_announce, args=(batcher,), daemon=True).start()
     try:
         batcher.serve_forever(grace_s)
-    except (BatcherError, ValueError) as error:
+    except BatcherError as error:
         raise CommandError(str(error)) from None
+    except Exception as error:
+        if not parameters["warm_up"] and not isinstance(error, ValueError):
+            raise
+        _logger.debug("starting failed", exc_info=True)
+        raise CommandError(f"cannot start: {type(error).__name__}: {error} (--log-level debug shows where)") from None
 
 
 def _credentials(certificate: Path | None, key: Path | None, client_ca: Path | None) -> grpc.ServerCredentials | None:

@@ -187,8 +187,10 @@ def _failed_requests(
     """Return the requests that lost a row to `Batch.fail`, by their index."""
     if not failed_rows:
         return {}
-    ends = list(accumulate([request.rows for request in requests]))
-    return {
-        bisect_right(ends, row): Failed(f"the callback answered row {row} of its batch with {text_of(error)}")
-        for row, error in sorted(failed_rows.items(), reverse=True)
-    }
+    begins = [0, *accumulate([request.rows for request in requests])]
+    failed: dict[int, Failed] = {}
+    for row, error in sorted(failed_rows.items()):
+        index = bisect_right(begins, row) - 1
+        which = "this request" if requests[index].rows == 1 else f"row {row - begins[index]} of this request"
+        failed.setdefault(index, Failed(f"the callback answered {which} with {text_of(error)}"))
+    return failed

@@ -102,8 +102,9 @@ class MukoeBatcher:
     def start(self) -> None:
         """Warm the callback up if that was asked for, then listen and serve. The batcher is ready when this returns.
 
-        Raises BindError if the address is not available, whatever the callback raises as it warms up, and RuntimeError
-        if the batcher was started or shut down before.
+        Raises BindError if the address is not available, whatever the callback raises as it warms up, and BatcherError
+        if it then returns what cannot be sent. Nothing is left open then, and the batcher may be started again. Raises
+        RuntimeError if it was started or shut down before.
         """
         self._life.start()
 
@@ -175,8 +176,8 @@ class MukoeBatcher:
         """Have a function called on the batch thread before the next batch, and return the future of its result.
 
         Use it for what must not happen during a callback, such as loading weights in place. May be called from any
-        thread; what is asked for before `start` is called when the batcher starts, before it warms up. A shutdown
-        cancels what was not called yet.
+        thread. What is asked for before `start` is called when the batcher starts, before it warms up; what such a
+        function asks for itself, with the next batch. A shutdown cancels what was not called yet.
 
         Raises RuntimeError after a shutdown.
         """

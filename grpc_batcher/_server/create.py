@@ -68,8 +68,8 @@ def create_batcher(
     host: the address to listen on, such as "127.0.0.1" or "::1", or a unix socket such as "unix:/run/batcher.sock",
         which has no port. The default is every IPv4 interface.
     max_message_bytes: the largest request accepted; larger ones get RESOURCE_EXHAUSTED.
-    max_queue_size: the most requests that may wait; the next one gets RESOURCE_EXHAUSTED. At least batch_size; None
-        stands for the larger of 8,192 and twice batch_size.
+    max_queue_size: the most requests, or with `arrays` rows, that may wait; the next gets RESOURCE_EXHAUSTED. At least
+        batch_size; None stands for the larger of 8,192 and twice batch_size.
     max_queue_bytes: the most bytes that waiting requests may hold together; a request that would exceed it gets
         RESOURCE_EXHAUSTED. The default is 1 GiB; leave room for a batch, or none is ever full.
     max_streams: the most callers' streams open at once; the next one gets RESOURCE_EXHAUSTED.

@@ -14,6 +14,8 @@ from typing import Any
 import grpc
 
 from .. import _process
+from .._errors import BatcherError
+from .._models import BadResultError
 from .._transport import choice
 from . import signals_and_exit
 from .batch_loop import BatchLoop
@@ -146,23 +148,25 @@ class LifeCycle:
     def _warm_up(self, is_unwanted: Callable[[], bool]) -> None:
         """Start the batch thread and wait until the callback is warm, or the server is no longer wanted.
 
-        Raises what the callback raises.
+        Raises what the callback raises, and BatcherError for results that cannot be sent.
         """
-        warm = self._loop.warm_up()
+        warm = self._loop.start()
         while not wait((warm,), signals_and_exit.SIGNAL_CHECK_S).done:
             if self._shutdown_begun or is_unwanted():
                 return
-        warm.result()
+        try:
+            warm.result()
+        except BadResultError as error:
+            raise BatcherError(f"the callback cannot be warmed up: it {error}") from error.__cause__
 
     def _listen(self) -> None:
-        """Open the port, and have the batch thread serve."""
+        """Open the port. The batch thread takes batches already."""
         server = grpc.server(
             self._threads, handlers=self._handlers, interceptors=self._interceptors, options=self._options
         )
         self._standard_services.add_to(server)
         self.port = listen(server, self._host, self.port, self._credentials)
         server.start()
-        self._loop.serve()
         self._server = server
 
     def _log_start(self) -> None:
@@ -230,6 +234,7 @@ class LifeCycle:
                 connection_grace_s = _SLOW_CONNECTION_GRACE_S
         finally:  # even if Ctrl-C, a lack of memory, or a log handler that raises, interrupts it
             self._room.abandon()
+            self._loop.end()
             self._stop_server(connection_grace_s)
             self._threads.shutdown()
 
