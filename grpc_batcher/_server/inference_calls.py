@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import grpc
@@ -175,7 +176,7 @@ class CallStream:
     def __init__(self, service: Service, context: grpc.ServicerContext, model: Model, places: Places) -> None:
         self._service = service
         self._context = context
-        self._make_call = lambda: _CallOnStream(service, context, model, places)
+        self._make_call = partial(_CallOnStream, service, context, model, places)
         self._free = threading.Semaphore(2 * service.room.batch_size)
         self._begun: queue.SimpleQueue[_CallOnStream | StreamEnd | None] = queue.SimpleQueue()
         self._calls: set[_CallOnStream] = set()  # those whose replies have not been sent
