@@ -23,7 +23,19 @@ import report
 from measuring import Sample
 from report import Measured
 from row import Bench, Row, Settings
-from rows import actors, callback, core_alone, few_callers, first_request, idle, in_flight, overlap, streams, throughput
+from rows import (
+    actors,
+    callback,
+    core_alone,
+    few_callers,
+    first_request,
+    idle,
+    in_flight,
+    open_inference,
+    overlap,
+    streams,
+    throughput,
+)
 
 ROWS: dict[str, ModuleType] = {
     "throughput": throughput,
@@ -36,6 +48,7 @@ ROWS: dict[str, ModuleType] = {
     "actors": actors,
     "first_request": first_request,
     "in_flight": in_flight,
+    "open_inference": open_inference,
 }
 
 # The order in which they are measured: the first two share their processes.

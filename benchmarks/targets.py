@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rows import actors, in_flight
+from rows import actors, in_flight, open_inference
 from rows.first_request import UNBATCHED
 from rows.streams import EACH
 from rows.throughput import SIZES
-from systems import CALLS, CPP, DIRECT, MOSEC, MOSEC_SOCKET, PUBLIC, STREAMS
+from systems import CALLS, CPP, DIRECT, INFERENCE, MOSEC, MOSEC_SOCKET, PUBLIC, PYTRITON, STREAMS
 
 
 @dataclass(frozen=True)
@@ -201,5 +201,16 @@ TARGETS = [
             Of(f"first/{STREAMS}", "p50_ms"),
         )
         for name, title in ((DIRECT, "direct transport"), (UNBATCHED, "direct transport, batches of one"))
+    ),
+    *(
+        Target(
+            "open_inference",
+            f"{size:,} B, {way}: this library / PyTriton",
+            Of(f"inference/{size}/{way}/{INFERENCE}"),
+            Of(f"inference/{size}/{way}/{PYTRITON}"),
+            at_least=1,
+        )
+        for size in open_inference.SIZES
+        for way in open_inference.WAYS
     ),
 ]

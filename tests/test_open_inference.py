@@ -572,9 +572,7 @@ def test_an_output_without_a_datatype_is_an_internal_error() -> None:
 
 def test_an_input_without_a_datatype_is_refused_when_the_batcher_is_created() -> None:
     with pytest.raises(ValueError, match="'z' is complex64, for which the Open Inference Protocol has no datatype; "):
-        create_batcher(
-            "arrays", 1, 0, batch_process_fn=echo, arrays={"z": Array((), "complex64")}, open_inference=True
-        )
+        create_batcher("arrays", 1, 0, batch_process_fn=echo, arrays={"z": Array((), "complex64")}, open_inference=True)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,8 @@ from typing import Any
 from grpc_batcher import Array, Batch, MukoeBatcher, __version__
 from grpc_batcher._proto import open_inference_pb2
 
-import grpc
 import pytest
-from serving import Held, address_of, connect, eventually, in_background, run_program, serving
+from serving import Held, address_of, connect, eventually, in_background, run_program, serving, start_program
 
 grpcclient = pytest.importorskip("tritonclient.grpc")
 aioclient = pytest.importorskip("tritonclient.grpc.aio")
@@ -56,9 +55,11 @@ def triton(
     """A batcher with the model "adder", and Triton's client of it."""
     arrays = arrays or {"a": Array((4,), "float32"), "b": Array((4,), "float32")}
     options = {"model": "arrays", "model_name": "adder", **options}
-    with serving(callback, arrays=arrays, open_inference=True, **options) as batcher:
-        with grpcclient.InferenceServerClient(address_of(batcher)) as client:
-            yield batcher, client
+    with (
+        serving(callback, arrays=arrays, open_inference=True, **options) as batcher,
+        grpcclient.InferenceServerClient(address_of(batcher)) as client,
+    ):
+        yield batcher, client
 
 
 def inputs(a: float, b: float = 1, rows: int = 1, module: Any = grpcclient) -> list[Any]:
@@ -105,7 +106,7 @@ def test_infer_may_compress(algorithm: str) -> None:
 def test_every_datatype_returns_as_it_was(datatype: str) -> None:
     if datatype == "BF16":
         pytest.importorskip("ml_dtypes")
-    given = numpy.array([[0, 1, 2]], "float32" if datatype == "BF16" else DTYPES[datatype])
+    given = numpy.array([[0, 1, 2]], DTYPES[datatype])
     tensor = grpcclient.InferInput("x", [1, 3], datatype)
     tensor.set_data_from_numpy(given)
     with triton(lambda batch: {"y": batch["x"]}, {"x": Array((3,), DTYPES[datatype])}) as (_, client):
@@ -126,9 +127,7 @@ def test_async_infer_is_answered_and_shares_batches_with_the_librarys_own_client
         eventually(lambda: held.batches)
         for a in (1, 2, 3):
             begin(a)
-        mine = in_background(
-            own.send_request, a=numpy.full(4, 4, "float32"), b=numpy.full(4, 1, "float32")
-        )
+        mine = in_background(own.send_request, a=numpy.full(4, 4, "float32"), b=numpy.full(4, 1, "float32"))
         eventually(lambda: batcher.metrics().waiting == 4)
         held.release(2)
         answers = [results.get() for _ in range(4)]
@@ -305,8 +304,10 @@ def messages_in(descriptor: Any) -> Iterator[Any]:
         yield from messages_in(message.nested_types_by_name)
 
 
-OUR_MESSAGES = {message.full_name: message for message in messages_in(open_inference_pb2.DESCRIPTOR.message_types_by_name)}
-THEIR_MESSAGES = {message.full_name: message for message in messages_in(service_pb2.DESCRIPTOR.message_types_by_name)}
+OUR_MESSAGES, THEIR_MESSAGES = (
+    {message.full_name: message for message in messages_in(module.DESCRIPTOR.message_types_by_name)}
+    for module in (open_inference_pb2, service_pb2)
+)
 
 
 @pytest.mark.parametrize("name", OUR_MESSAGES)
@@ -331,7 +332,14 @@ def test_the_service_has_methods_of_tritons() -> None:
         assert (method.client_streaming, method.server_streaming) == (same.client_streaming, same.server_streaming)
 
 
-def test_the_example_on_the_page_runs_but_for_the_address(tmp_path: Path) -> None:
-    server, script = re.findall(r"^```(?:text|py)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)[:2]
-    assert server
-    assert script
+def test_the_script_on_the_page_is_answered_by_the_server_on_the_page(tmp_path: Path) -> None:
+    server, script = re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    address = "localhost:8001"
+    assert (server.count("port=8001"), server.count("batcher.serve_forever()"), script.count(address)) == (1, 1, 1)
+    server = server.replace("port=8001", "port=0").replace(
+        "batcher.serve_forever()", "batcher.start()\nprint(batcher.port, flush=True)\ninput()"
+    )
+    (said,) = re.findall(r"^print\(.*\)  # (.*)$", script, re.MULTILINE)
+    with start_program(tmp_path, server) as program:
+        port = program.read_line()
+        assert run_program(tmp_path, script.replace(address, f"localhost:{port}")) == [said]
