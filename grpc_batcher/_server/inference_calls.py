@@ -63,7 +63,8 @@ class Model:
 class Places:
     """The waiting room's streams for these requests, which come one by one: each is lent to one request after another.
 
-    So the window knows how many callers there are, as it does for streams that callers keep.
+    So the window knows how many callers there are, as it does for streams that callers keep. They are pooled: a place
+    that stays idle only says that fewer requests are in flight than before.
     """
 
     class _Owner:
@@ -78,7 +79,7 @@ class Places:
         with self._lock:
             if self._idle:
                 return self._idle.pop()[1]
-        return self._room.open_stream(self._Owner())
+        return self._room.open_stream(self._Owner(), pooled=True)
 
     def give_back(self, place: _core.Stream) -> None:
         now_ns = time.monotonic_ns()
