@@ -32,7 +32,7 @@ def run(pipe: Connection, batch_size: int, batch_timeout_s: float, payload_bytes
         return {KEY: answers_to(batch[INPUT])}
 
     with create_batcher(
-        "arrays",
+        "repr",
         batch_size,
         batch_timeout_s,
         port=0,
