@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.p* grpc_b
 
 # What depends neither on the transport nor on gRPC's poller, or chooses both for itself.
 NOT_OVER_SOCKETS := $(wildcard tests/test_core*) $(patsubst %,tests/test_%.py,wire array array_codec leaks callback session \
-	docs layout build_script uncompiled process interrupts tracing)
+	docs layout build_script uncompiled process interrupts tracing open_inference triton_client)
 OVER_SOCKETS := $(filter-out $(NOT_OVER_SOCKETS),$(wildcard tests/test_*.py))
 
 # How many tests run at once; most of them wait for something.
@@ -16,7 +16,7 @@ SOAK_S ?= 600
 FUZZ_S ?= 300
 DEBUG_TESTS ?= tests
 
-.PHONY: demo demo-jax test test-transports matrix bench soak lint debug tsan asan fuzz wheels dist proto check-proto clean
+.PHONY: demo demo-jax test test-transports test-triton matrix bench soak lint debug tsan asan fuzz wheels dist proto check-proto clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/atari_demo.py
@@ -35,6 +35,11 @@ test-transports: $(VENV)/installed-test
 	GRPC_BATCHER_TRANSPORT=public $(AGAIN)
 	GRPC_BATCHER_TRANSPORT=public/direct $(UNTUNED) $(AGAIN)
 	GRPC_BATCHER_TRANSPORT=direct/public $(UNTUNED) $(AGAIN)
+
+# tritonclient needs an older protobuf than the other tests.
+test-triton:
+	$(MAKE) $(VENV)-triton/installed-triton VENV=$(VENV)-triton
+	$(VENV)-triton/bin/pytest -q tests/test_triton_client.py
 
 # The tests with the oldest and the newest releases, on each Python here. MATRIX_ROWS="3.10-oldest 3.13-newest" and
 # MATRIX_TESTS="core wire" choose; `nox --list` names the rows. With GRPC_BATCHER_TRANSPORT, only the tests over sockets.
@@ -92,7 +97,7 @@ check-proto: $(PROTO_VENV)/bin/python
 	$(PROTO_VENV)/bin/python scripts/generate_proto.py --check
 
 clean:
-	rm -rf $(VENV) $(VENV)-debug $(PROTO_VENV) build dist *.egg-info grpc_batcher/*.so
+	rm -rf $(VENV) $(VENV)-debug $(VENV)-triton $(PROTO_VENV) build dist *.egg-info grpc_batcher/*.so
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

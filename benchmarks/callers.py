@@ -1,4 +1,4 @@
-"""How each kind of server is asked: by this library's client, by grpcio in two ways, and by HTTP in two ways."""
+"""How each kind of server is asked: by this library's client, and in two ways each by grpcio, HTTP and Triton's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from grpc_batcher import AsyncMukoeBatcherClient, MukoeBatcherClient
 from grpc_batcher._cli.load import Send
 
 import grpc
-from answers import KEY, TAG_BYTES, answer_to
+from answers import INPUT, KEY, MODEL, TAG_BYTES, answer_to
 from array_kinds import EMBEDDING_BYTES, number_of, packed_observation, packed_value
 from in_flight import Run, runs_many, runs_tasks
 
@@ -215,6 +215,61 @@ def _http_by_hand(address: str) -> Connection:
     return Connection(_kept(open_connection), answer_to, close)
 
 
+def _triton(address: str) -> Connection:
+    """Triton's client, which the threads share: a call per request."""
+    client = _triton_client(address)
+
+    def send(payload: bytes) -> bytes:
+        return _output(client.infer(MODEL, _inputs(payload)))
+
+    return Connection(lambda callers: [send] * callers, answer_to, client.close)
+
+
+def _triton_streams(address: str) -> Connection:
+    """Triton's client per thread, because each has one stream, which is kept."""
+    clients = []
+
+    def open_stream() -> Send:
+        client = _triton_client(address)
+        clients.append(client)
+        arrived: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+        client.start_stream(lambda result, error: arrived.put((result, error)))
+
+        def send(payload: bytes) -> bytes:
+            client.async_stream_infer(MODEL, _inputs(payload))
+            result, error = arrived.get()
+            if error is not None:
+                raise error
+            return _output(result)
+
+        return send
+
+    def close() -> None:
+        for client in clients:
+            client.close()
+
+    return Connection(_kept(open_stream), answer_to, close)
+
+
+def _triton_client(address: str) -> Any:
+    from tritonclient.grpc import InferenceServerClient
+
+    return InferenceServerClient(address)
+
+
+def _inputs(payload: bytes) -> list[Any]:
+    import numpy
+    from tritonclient.grpc import InferInput
+
+    tensor = InferInput(INPUT, [1, len(payload)], "UINT8")
+    tensor.set_data_from_numpy(numpy.frombuffer(payload, numpy.uint8).reshape(1, -1))
+    return [tensor]
+
+
+def _output(result: Any) -> bytes:
+    return result.as_numpy(KEY).tobytes()  # type: ignore[no-any-return]
+
+
 _CONTENT_LENGTH = re.compile(rb"\r\nContent-Length: *(\d+)", re.IGNORECASE)
 
 
@@ -240,4 +295,6 @@ _KINDS = {
     "grpcio-calls": _grpcio_calls,
     "http": _http,
     "http-by-hand": _http_by_hand,
+    "triton": _triton,
+    "triton-streams": _triton_streams,
 }

@@ -32,6 +32,7 @@ from rows import (
     first_request,
     idle,
     in_flight,
+    open_inference,
     overlap,
     streams,
     throughput,
@@ -49,6 +50,7 @@ ROWS: dict[str, ModuleType] = {
     "first_request": first_request,
     "in_flight": in_flight,
     "arrays": arrays,
+    "open_inference": open_inference,
 }
 
 # The order in which they are measured: the first two share their processes.

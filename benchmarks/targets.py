@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from array_kinds import ARRAYS, BLIND, BY_HAND, DTYPES
-from rows import actors, arrays, in_flight
+from rows import actors, arrays, in_flight, open_inference
 from rows.first_request import UNBATCHED
 from rows.streams import EACH
 from rows.throughput import SIZES
-from systems import CALLS, CPP, DIRECT, MOSEC, MOSEC_SOCKET, PUBLIC, STREAMS
+from systems import CALLS, CPP, DIRECT, INFERENCE, MOSEC, MOSEC_SOCKET, PUBLIC, PYTRITON, STREAMS
 
 
 @dataclass(frozen=True)
@@ -227,5 +227,16 @@ TARGETS = [
         f"{arrays.GIL_BYTES:,} B: the GIL held for a batch of {arrays.GIL_BATCH_SIZE}, in ms",
         Of(arrays.GIL_KEY, "gil_ms"),
         below=0.1,
+    ),
+    *(
+        Target(
+            "open_inference",
+            f"{size:,} B, {way}: this library / PyTriton",
+            Of(f"inference/{size}/{way}/{INFERENCE}"),
+            Of(f"inference/{size}/{way}/{PYTRITON}"),
+            at_least=1,
+        )
+        for size in open_inference.SIZES
+        for way in open_inference.WAYS
     ),
 ]

@@ -28,10 +28,31 @@ _DATATYPES = {
     "FP64": ("float64", "fp64_contents"),
     "BF16": ("bfloat16", None),
 }
+_CONTENTS_DTYPES = {
+    "bool_contents": "bool",
+    "int_contents": "int32",
+    "int64_contents": "int64",
+    "uint_contents": "uint32",
+    "uint64_contents": "uint64",
+    "fp32_contents": "float32",
+    "fp64_contents": "float64",
+}
 _DATATYPE_OF = {dtype: datatype for datatype, (dtype, _contents) in _DATATYPES.items()}
 
 STEP = "step"
 _ACTION = "action"
+
+_SHARED_MEMORY = "shared_memory_region"
+
+
+# What a request's parameters may ask for and this server does not have. Others, such as a priority, are hints.
+_REFUSED = {
+    "sequence_id": "asks for a sequence, but this server keeps nothing between requests",
+}
+_REFUSED_FOR_OUTPUTS = {
+    _SHARED_MEMORY: "is to go to shared memory, which this server does not have",
+    "classification": "is to be classified, which this server does not do; ask for the output and sort it",
+}
 
 
 class UnknownOutputError(Exception):
@@ -72,6 +93,7 @@ class Inputs:
 
     def read(self, reader: _arrays.RequestReader, request: ModelInferRequest) -> _arrays.ArrayRequest:
         """Return a request's rows. Raises BadRequestError, and ArrayError for a wrong number of rows or bytes."""
+        _check_parameters(request)
         raw = request.raw_input_contents
         if raw and len(raw) != len(request.inputs):
             raise BadRequestError(f"the request has {len(request.inputs)} inputs, but {len(raw)} raw_input_contents")
@@ -84,6 +106,8 @@ class Inputs:
                     f"{tensor.name!r} has {tensor.shape[0]} rows, the inputs before it {rows}; they must agree"
                 )
             rows = tensor.shape[0]
+            if raw and tensor.HasField("contents"):
+                raise BadRequestError(f"{tensor.name!r} has contents, and raw_input_contents, too; send one of them")
             contents[tensor.name] = raw[index] if raw else self._typed(tensor)
         if missing := [name for name in self._declared if name not in contents]:
             raise BadRequestError(f"the request has no input {missing[0]!r}; this model takes {self._names()}")
@@ -96,7 +120,7 @@ class Inputs:
             raise BadRequestError(f"the request has an input {name!r:.100}; this model takes {self._names()}")
         if name in seen:
             raise BadRequestError(f"the request has the input {name!r} twice")
-        if "shared_memory_region" in tensor.parameters:
+        if _SHARED_MEMORY in tensor.parameters:
             raise BadRequestError(f"{name!r} is in shared memory, which this server does not have; send its contents")
         datatype, row_shape = self._datatypes[name], list(self._declared[name].shape)
         if tensor.datatype != datatype or len(shape) != 1 + len(row_shape) or shape[1:] != row_shape or shape[0] < 1:
@@ -109,15 +133,16 @@ class Inputs:
         dtype, field = _DATATYPES[tensor.datatype]
         if field is None:
             raise BadRequestError(f"{tensor.name!r} is {tensor.datatype}, which only raw_input_contents can hold")
-        values = numpy.array(getattr(tensor.contents, field))
+        values = getattr(tensor.contents, field)
         count = math.prod(tensor.shape)
         if len(values) != count:
             raise BadRequestError(
                 f"{tensor.name!r} is {tensor.datatype} {list(tensor.shape)} with {len(values)} values in {field}; it "
                 f"must have {count}"
             )
-        array = values.astype(dtype)
-        if array.dtype.kind in "iu" and not numpy.array_equal(array, values):
+        given = numpy.array(values, _CONTENTS_DTYPES[field])
+        array = given.astype(dtype)
+        if not numpy.array_equal(array, given, equal_nan=array.dtype.kind == "f"):
             raise BadRequestError(f"{tensor.name!r} has values in {field} that {tensor.datatype} cannot hold")
         return array.tobytes()  # type: ignore[no-any-return]
 
@@ -130,7 +155,31 @@ def tensor_metadata(name: str, dtype: str, row_shape: Sequence[int]) -> ModelMet
     return ModelMetadataResponse.TensorMetadata(name=name, datatype=datatype_of(name, dtype), shape=(-1, *row_shape))
 
 
-def response_of(reply: bytes, request: ModelInferRequest) -> ModelInferResponse:
+def _check_parameters(request: ModelInferRequest) -> None:
+    for name, problem in _REFUSED.items():
+        if name in request.parameters:
+            raise BadRequestError(f"the request {problem} ({name})")
+    for output in request.outputs:
+        for name, problem in _REFUSED_FOR_OUTPUTS.items():
+            if name in output.parameters:
+                raise BadRequestError(f"the output {output.name!r:.100} {problem}")
+
+
+class Wanted:
+    """What must be known of a request until it is answered; its inputs are not.
+
+    outputs: the names of the requested outputs; none stands for all.
+    marks_final: whether a streamed response says that it is the last for its request, as every one is.
+    """
+
+    def __init__(self, request: ModelInferRequest) -> None:
+        self.id = request.id
+        self.model_name = request.model_name
+        self.outputs = [output.name for output in request.outputs]
+        self.marks_final = request.parameters["triton_enable_empty_final_response"].bool_param
+
+
+def response_of(reply: bytes, wanted: Wanted, version: str) -> ModelInferResponse:
     """Return a batcher's answer, a MukoeResponse, as the response to a request.
 
     Raises UnknownOutputError or NoDatatypeError.
@@ -138,10 +187,10 @@ def response_of(reply: bytes, request: ModelInferRequest) -> ModelInferResponse:
     answer = _arrays.read_answer(reply)
     assert answer is not None, "a reply that the batcher did not write"
     arrays, step = answer
-    response = ModelInferResponse(model_name=request.model_name, model_version="1", id=request.id)
+    response = ModelInferResponse(model_name=wanted.model_name, model_version=version, id=wanted.id)
     response.parameters[STEP].int64_param = step
     found: dict[str, Any] = {name: rest for name, *rest in arrays}
-    for name in [output.name for output in request.outputs] or found:
+    for name in wanted.outputs or found:
         if name not in found:
             raise UnknownOutputError(f"the request asks for an output {name!r:.100}; there are {', '.join(found)}")
         shape, dtype, offset, size_bytes = found[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import grpc
 
@@ -17,7 +17,19 @@ from .callback import Callback
 from .metrics import Recorder
 from .session import SHUTTING_DOWN, Session
 
-_Session = TypeVar("_Session", bound=Session)
+
+class OpenStream(Protocol):
+    """What a shutdown must know about a caller's stream. A Session is one."""
+
+    @property
+    def has_unsent_reply(self) -> bool:
+        """Whether a reply or a status is still to be sent."""
+
+    def shut_down(self) -> None:
+        """End the stream: the batcher accepts nothing more, and has given up on requests without an outcome."""
+
+
+_Stream = TypeVar("_Stream", bound=OpenStream)
 
 
 class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -28,7 +40,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         self.callback = callback
         self.recorder = recorder
         self._max_streams = max_streams
-        self._sessions: set[Session] = set()
+        self._sessions: set[OpenStream] = set()
         self._is_closing = False
         self._changed = threading.Condition()
 
@@ -38,14 +50,12 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
             return None
         if any(key == POOLED_KEY for key, _value in handler_call_details.invocation_metadata):
             return choice.stream_handler(partial(self.open_session, make=partial(Session, pooled=True)))
-        return choice.stream_handler(self.open_session)
+        return choice.stream_handler(partial(self.open_session, make=Session))
 
     def open_session(
-        self,
-        context: grpc.ServicerContext,
-        make: Callable[[Service, grpc.ServicerContext], _Session] = Session,  # type: ignore[assignment]
-    ) -> _Session:
-        """Raises StreamEnd if too many streams are open, or the batcher is shutting down."""
+        self, context: grpc.ServicerContext, make: Callable[[Service, grpc.ServicerContext], _Stream]
+    ) -> _Stream:
+        """Open what `make` returns. Raises StreamEnd if too many streams are open, or the batcher is shutting down."""
         if self.room.closed:
             raise StreamEnd(grpc.StatusCode.UNAVAILABLE, SHUTTING_DOWN)
         with self._changed:
@@ -58,7 +68,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
             self._sessions.add(session)
             return session
 
-    def session_closed(self, session: Session) -> None:
+    def session_closed(self, session: OpenStream) -> None:
         with self._changed:
             self._sessions.discard(session)
         self.session_changed()

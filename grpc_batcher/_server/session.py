@@ -91,6 +91,10 @@ class Session:
         """Return the request in a message, and how many rows it has. Raises BadRequestError or StreamEnd."""
         return self._service.callback.read_request(message)
 
+    def write_reply(self, outcome: Any) -> bytes:
+        """Return the message for a request's outcome. Raises OverflowError or StreamEnd."""
+        return self._service.callback.encode(outcome)
+
     def answer(self, ticket: _core.Ticket) -> bytes:
         """Wait for the answer to a request that was let in, and return the reply. Raises StreamEnd."""
         ticket.wait()
@@ -168,7 +172,7 @@ class Session:
         recorder = self._service.recorder
         begin_ns = time.monotonic_ns() if recorder.timed else 0
         try:
-            reply = self._service.callback.encode(outcome)
+            reply = self.write_reply(outcome)
         except OverflowError as error:
             raise self.failed(grpc.StatusCode.INTERNAL, f"the answer cannot be sent: {error}") from None
         end_ns = time.monotonic_ns() if recorder.timed else 0
