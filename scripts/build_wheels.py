@@ -8,8 +8,8 @@ only audited; scripts/prove_pythons.sh tests them.
     WHEEL_PYTHONS  which Pythons, such as "3.10 3.13"; by default all from 3.10 on PATH
     WHEEL_TARGETS  which processors, such as "x86_64"; by default "x86_64 aarch64"
     WHEEL_TESTS    which tests: names such as "core wire" (tests/test_core.py, tests/test_wire.py), "all" or "none"
-    WHEEL_KEEP     1: keep the sdist and the wheels that are in dist/, build what is missing, and test what was asked for;
-                   for Pythons and processors that another machine lacks. By default dist/ is emptied first
+    WHEEL_KEEP     1: keep the sdist and the wheels that are in dist/, build what is missing, and test what was asked
+                   for; to add Pythons and processors that another machine lacks. By default dist/ is emptied first
 
 Run it in an environment with the tools of pyproject.toml's group `dist`: `make wheels` and `make dist` do.
 """
