@@ -57,6 +57,10 @@ def _files_of(entry: Any) -> Iterator[str]:
             yield from _files_of(part)
 
 
+def exists(page: str) -> bool:
+    return page == REFERENCE or (ROOT / page).is_file()
+
+
 def linked_files(page: str, text: str) -> Iterator[str]:
     """The files, other than texts, that a page links to or shows."""
     for target in re.findall(r"\]\(([^)#\s]+)", text):
@@ -117,8 +121,11 @@ def main() -> None:
     names = public()
     shutil.rmtree(SOURCE, ignore_errors=True)
     problems = [f"{name} has no docstring" for name in undocumented(names)]
+    problems += [f"{page} is in the nav of zensical.toml, but not here" for page in shown if not exists(page)]
     texts = {file.relative_to(ROOT).as_posix() for pattern in ("*.md", "docs/*.md") for file in ROOT.glob(pattern)}
     problems += [f"{text} is not in the nav of zensical.toml" for text in sorted(texts - set(shown))]
+    if problems:
+        sys.exit("\n".join(problems))
     for page in shown:
         text = reference(names) if page == REFERENCE else (ROOT / page).read_text()
         if page == FRONT_PAGE:
@@ -129,8 +136,6 @@ def main() -> None:
         (SOURCE / page).parent.mkdir(parents=True, exist_ok=True)
         (SOURCE / page).write_text(text)
     (SOURCE / "site.css").write_text(STYLE)
-    if problems:
-        sys.exit("\n".join(problems))
     sys.exit(subprocess.run([sys.executable, "-m", "zensical", "build", "--clean", "--strict"], cwd=ROOT).returncode)
 
 
