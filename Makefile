@@ -16,7 +16,7 @@ SOAK_S ?= 600
 FUZZ_S ?= 300
 DEBUG_TESTS ?= tests
 
-.PHONY: demo demo-jax test test-transports test-triton matrix bench soak lint debug tsan asan fuzz wheels dist proto check-proto clean
+.PHONY: demo demo-jax test test-transports test-triton matrix bench soak lint docs debug tsan asan fuzz wheels dist proto check-proto clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/atari_demo.py
@@ -59,8 +59,14 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck .ci/run scripts/*.sh
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint grpc_batcher
+	PATH="$(abspath $(BIN)):$$PATH" actionlint $(wildcard .github/workflows/*.yml)
+	$(BIN)/zizmor --offline --quiet .github
 	$(BIN)/mypy
 	$(BIN)/stubtest --mypy-config-file pyproject.toml grpc_batcher._arrays grpc_batcher._core grpc_batcher._wire
+
+# The documentation's site in build/site. It needs Python 3.11 or newer.
+docs: $(VENV)/installed-docs
+	$(BIN)/python -I scripts/build_site.py
 
 # The same tests on a core that checks its invariants.
 debug: $(VENV)-debug/bin/python
@@ -111,7 +117,7 @@ $(VENV)/installed-%: $(SOURCES) | $(VENV)/bin/python
 	touch $@
 
 # Only the tools: without a compiler, and without our package.
-$(VENV)/installed-dist $(VENV)/installed-matrix: $(VENV)/installed-%: pyproject.toml | $(VENV)/bin/python
+$(VENV)/installed-dist $(VENV)/installed-docs $(VENV)/installed-matrix: $(VENV)/installed-%: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install --quiet "pip>=25.1"
 	$(BIN)/pip install --quiet --group $*
 	touch $@

@@ -23,9 +23,9 @@ OLDEST = {
     "3.12": {"grpcio": "1.59.0", "numpy": "1.26.0"},
     "3.13": {"grpcio": "1.66.2", "numpy": "2.1.0"},
     "3.14": {"grpcio": "1.75.1", "numpy": "2.3.2"},
+    "3.15": {"grpcio": "1.84.0", "numpy": "2.5.2"},
 }
 OLDEST_PROTOBUF = "protobuf==3.20.3"
-NEWEST = [*OLDEST, "3.15"]
 # Releases in between, each on the newest Python that it has wheels for.
 BETWEEN = {"1.62.3": "3.12", "1.71.2": "3.13"}
 # What MuKoe's users have installed.
@@ -64,7 +64,7 @@ ROWS = [
         for python, oldest in OLDEST.items()
     ),
     *(row(python, f"grpcio{version}", grpcio(version)) for version, python in BETWEEN.items()),
-    *(row(python, "newest", []) for python in NEWEST),
+    *(row(python, "newest", []) for python in OLDEST),
     row("3.10", "mukoe", MUKOE, beside=("tensorflow", "ray")),
 ]
 
