@@ -70,8 +70,7 @@ docs: $(VENV)/installed-docs
 
 # The same tests on a core that checks its invariants.
 debug: $(VENV)-debug/bin/python
-	GRPC_BATCHER_DEBUG=1 $(VENV)-debug/bin/pip install --quiet --force-reinstall --no-deps . && \
-		$(VENV)-debug/bin/pip install --quiet ".[test]"
+	GRPC_BATCHER_DEBUG=1 $(VENV)-debug/bin/pip install --quiet ".[test]"
 	$(VENV)-debug/bin/pytest -n $(TEST_PROCESSES) $(DEBUG_TESTS)
 
 # The core's tests in a build with a sanitizer, and planted faults that it must find.
@@ -111,9 +110,16 @@ clean:
 %/bin/python:
 	$(PYTHON) -m venv $*
 
-$(VENV)/installed-%: $(SOURCES) | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --force-reinstall --no-deps .
-	$(BIN)/pip install --quiet ".[$*]"
+# Built once for all environments with the same Python: compiling takes longest. (From a folder, pip would build twice.)
+WHEEL := build/wheel/$(notdir $(PYTHON))
+$(WHEEL)/built: $(SOURCES) | $(VENV)/bin/python
+	rm -rf $(WHEEL)
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir $(WHEEL) .
+	touch $@
+
+$(VENV)/installed-%: $(WHEEL)/built | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --force-reinstall --no-deps $(WHEEL)/*.whl
+	$(BIN)/pip install --quiet "$$(echo $(WHEEL)/*.whl)[$*]"
 	touch $@
 
 # Only the tools: without a compiler, and without our package.
