@@ -896,7 +896,7 @@ def gather_actions(requests, target, Py_ssize_t size):
     cdef Py_ssize_t rows = count_rows(given)
     cdef ArrayRequest request
     cdef unsigned char *at
-    cdef Py_ssize_t row
+    cdef Py_ssize_t row, _row
     cdef Py_buffer view
     PyObject_GetBuffer(target, &view, PyBUF_WRITABLE)
     try:
@@ -908,7 +908,7 @@ def gather_actions(requests, target, Py_ssize_t size):
                 memcpy(at, action_of(request, row), sizeof(int32_t))  # the target may be unaligned
                 at += sizeof(int32_t)
         request = <ArrayRequest>given[0]
-        for row in range(size - rows):
+        for _row in range(size - rows):
             memcpy(at, action_of(request, 0), sizeof(int32_t))
             at += sizeof(int32_t)
         invariant(at == <unsigned char *>view.buf + view.len)
