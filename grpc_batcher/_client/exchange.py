@@ -203,14 +203,21 @@ class Exchange:
         if reply is None and outcome is None:
             outcome = RequestError(grpc.StatusCode.CANCELLED, "the request was cancelled")
         self._message = b""
+        # A future has its exchange. Were the exchange to keep the future, only the garbage collector could free both,
+        # and the answer with them.
+        on_outcome, self._on_outcome = self._on_outcome, _ignore
         self._exchanges.places.free()
         was_reporting, _here.is_reporting = _here.is_reporting, True
         try:
-            self._on_outcome(reply, outcome)
+            on_outcome(reply, outcome)
         except Exception:
             _logger.exception("a request's outcome could not be delivered")
         finally:
             _here.is_reporting = was_reporting
+
+
+def _ignore(_reply: bytes | None, _error: Exception | None) -> None:
+    """What an exchange that has ended tells of its outcome."""
 
 
 def _taken_in(error: Any) -> str | None:

@@ -84,7 +84,9 @@ class Places:
         """Give a place back."""
         with self._lock:
             self._taken -= 1
-        self._give()
+            is_wanted = bool(self._wishes)
+        if is_wanted:
+            self._give()
 
     def _give(self) -> None:
         while True:

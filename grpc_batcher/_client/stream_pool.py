@@ -78,7 +78,9 @@ class StreamPool:
         _open_pools.add(self)
 
     def _reset(self) -> None:
-        self._changed = threading.Condition()  # reentrant: the garbage collector may close the pool at any moment
+        # Guards what follows. Reentrant: the garbage collector may close the pool at any moment.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._link: _Link | None = None
         self._idle: list[Loan] = []  # the most recently used last, and first to be lent
         self._idle_pooled: list[Loan] = []  # the same
@@ -105,7 +107,7 @@ class StreamPool:
         """
         dead: list[Loan] = []
         try:
-            with self._changed:
+            with self._lock:
                 self._check_open()
                 return self._lend(self._idle, due_ns, fresh, dead)
         finally:
@@ -121,7 +123,7 @@ class StreamPool:
         dead: list[Loan] = []
         loans: list[Loan] = []
         try:
-            with self._changed:
+            with self._lock:
                 self._check_open(may_wait=False)
                 while len(loans) < count:
                     loans.append(self._lend(self._idle_pooled, due_ns, fresh, dead))
@@ -156,12 +158,12 @@ class StreamPool:
 
     def give_back(self, loan: Loan) -> None:
         """The request has its answer."""
-        with self._changed:
+        with self._lock:
             self._lent.discard(loan)
             keep = not self._closed and not loan.timed_out
             if keep:
                 (self._idle_pooled if loan.is_pooled else self._idle).append(loan)
-                if self._can_keep_time():
+                if self._timekeeper is not None or self._can_keep_time():
                     self._set_due(loan, time.monotonic_ns() + IDLE_NS)
         if not keep:
             self._drop(loan)
@@ -172,7 +174,7 @@ class StreamPool:
         server_lost: the next stream needs a new connection. On the old channel it could fail merely because an attempt
             to connect failed a while ago.
         """
-        with self._changed:
+        with self._lock:
             self._lent.discard(loan)
             if server_lost and loan.link is self._link:
                 self._link = None
@@ -181,13 +183,13 @@ class StreamPool:
 
     def cancel(self, loan: Loan, number: int) -> None:
         """End a stream if it still has this request, by its number on the stream."""
-        with self._changed:
+        with self._lock:
             if loan in self._lent and loan.requests == number:
                 loan.stream.cancel()
 
     def close(self) -> None:
         """End all streams; requests in flight fail. May be called again."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             link, self._link = self._link, None
             if link is not None:
@@ -216,7 +218,7 @@ class StreamPool:
         streams.
         """
         self._is_exiting = True
-        with self._changed:
+        with self._lock:
             pooled = [*self._idle_pooled, *(loan for loan in self._lent if loan.is_pooled)]
             is_awaited = any(not loan.is_pooled for loan in self._lent)
         if not is_awaited:
@@ -283,7 +285,7 @@ class StreamPool:
 
     def _leave(self, loan: Loan) -> None:
         """A stream is over. The last of a link takes the channel along."""
-        with self._changed:
+        with self._lock:
             loan.link.streams -= 1
             is_last = loan.link.streams == 0 and not loan.link.is_current
         try:
@@ -291,7 +293,7 @@ class StreamPool:
                 loan.link.channel.close()
         finally:
             if loan.is_pooled:
-                with self._changed:
+                with self._lock:
                     if loan in self._idle_pooled:
                         self._idle_pooled.remove(loan)
                     self._pooled -= 1
@@ -319,7 +321,7 @@ class StreamPool:
     def _keep_time(self) -> None:
         """Cancel what is due and sleep until the next is. Ends when nothing is left to wait for."""
         while True:
-            with self._changed:
+            with self._lock:
                 now_ns = time.monotonic_ns()
                 idle_too_long = []
                 for idle in (self._idle, self._idle_pooled):

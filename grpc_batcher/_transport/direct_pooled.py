@@ -59,7 +59,7 @@ class DirectPooledStream:
             with self._lock:
                 # A signal handler may raise between any two bytecodes of the main thread, and none runs in between.
                 self._exchanging[:] = starmap(self._call.operate, ((operations, self._on_exchanged),))
-                is_ended = not self._is_exchanging() and self._status is not None
+                is_ended = self._status is not None and not self._is_exchanging()
             if is_ended:
                 self._report(None, self._end())
         except (AttributeError, TypeError) as error:
@@ -107,7 +107,7 @@ class DirectPooledStream:
         """A request has its reply, or will have none."""
         with self._lock:
             self._exchanging.clear()
-            is_over = self._is_over()
+            is_over = self._unopened == 0
         try:
             reply = event.batch_operations[1].message()
         except Exception as error:
