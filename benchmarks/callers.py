@@ -32,7 +32,8 @@ def numbered(payload_bytes: int, number: int) -> bytes:
 class Connection:
     """A process's way to a server.
 
-    senders: returns one sender per thread, given the number of threads. Called again, it keeps those it made.
+    senders: returns one sender per thread, given the number of threads. Called again, it keeps those it made. Without
+        threads it opens the streams, which for 256 callers at once takes longer than warming up may.
     expected: returns the right answer to a payload.
     payload: makes one, given its bytes and a number that differs between payloads.
     transport: returns the transport of this library's client, and None for others.
@@ -79,23 +80,32 @@ def _batcher_each(address: str) -> Connection:
 def _batcher_many(address: str) -> Connection:
     """One thread, which sends the requests of all callers at once."""
     client = MukoeBatcherClient(address)
-    return Connection(_no_senders, _batcher_answer, client.close, lambda: client.transport, runs_many(client))
+
+    def open_streams(callers: int) -> list[Send]:
+        client.send_many([bytes(64)] * callers)
+        return []
+
+    return Connection(open_streams, _batcher_answer, client.close, lambda: client.transport, runs_many(client))
 
 
 def _batcher_asyncio(address: str) -> Connection:
     """A task per caller."""
     client = AsyncMukoeBatcherClient(address)
+
+    async def ask_once(callers: int) -> None:
+        await asyncio.gather(*(client.send_request(bytes(64)) for _ in range(callers)))
+
+    def open_streams(callers: int) -> list[Send]:
+        asyncio.run(ask_once(callers))
+        return []
+
     return Connection(
-        _no_senders,
+        open_streams,
         _batcher_answer,
         lambda: asyncio.run(client.close()),
         lambda: client.transport,
         runs_tasks(client),
     )
-
-
-def _no_senders(_callers: int) -> list[Send]:
-    return []
 
 
 def _batcher_answer(payload: bytes) -> tuple[dict[str, bytes], int]:
