@@ -24,7 +24,7 @@ from .connection import Connection
 from .exchange import Exchanges, is_reporting
 from .in_flight import RequestFuture, send_all
 from .payloads import BytesPayloads
-from .places import Places
+from .places import PlacesInFlight
 from .stream_pool import StreamPool
 
 
@@ -86,7 +86,7 @@ class MukoeBatcherClient:
         self._connection = Connection(server_address, max_message_bytes, credentials, options, interceptors, metadata)
         self._payloads: BytesPayloads | ArrayPayloads = ArrayPayloads() if arrays else BytesPayloads()
         self._pool = StreamPool(self._connection)
-        self._exchanges = Exchanges(self._connection, self._pool, Places(max_in_flight))
+        self._exchanges = Exchanges(self._connection, self._pool, PlacesInFlight(max_in_flight))
         # For clients dropped without `close`. At exit the pool closes itself, in the right order.
         weakref.finalize(self, self._pool.close).atexit = False
 

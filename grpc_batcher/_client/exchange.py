@@ -15,7 +15,7 @@ import grpc
 from .._contract import TAKEN_IN_KEY
 from .._errors import RequestError
 from .connection import Connection
-from .places import Places
+from .places import PlacesInFlight
 from .stream_pool import Loan, StreamPool
 
 _logger = logging.getLogger("grpc_batcher")
@@ -44,7 +44,7 @@ def is_reporting() -> bool:
 class Exchanges:
     """Exchanges messages for replies with the servers of a connection."""
 
-    def __init__(self, connection: Connection, pool: StreamPool, places: Places) -> None:
+    def __init__(self, connection: Connection, pool: StreamPool, places: PlacesInFlight) -> None:
         self.pool = pool
         self.places = places
         self._is_balanced = connection.is_balanced

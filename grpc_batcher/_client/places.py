@@ -21,7 +21,7 @@ class Wish:
         self.is_given = False
 
 
-class Places:
+class PlacesInFlight:
     """A limited number of places, given in the order in which they were asked for.
 
     limit: how many there are.
