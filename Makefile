@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
 SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.p* grpc_batcher/*/*.p*)
 
-OVER_SOCKETS := $(filter-out $(wildcard tests/test_core*) tests/test_wire.py tests/test_array_codec.py tests/test_leaks.py tests/test_docs.py tests/test_layout.py tests/test_build_script.py,$(wildcard tests/test_*.py))
+# What depends neither on the transport nor on gRPC's poller, or chooses both for itself.
+NOT_OVER_SOCKETS := $(wildcard tests/test_core*) $(patsubst %,tests/test_%.py,wire array array_codec leaks callback session \
+	docs layout build_script uncompiled process interrupts tracing open_inference triton_client)
+OVER_SOCKETS := $(filter-out $(NOT_OVER_SOCKETS),$(wildcard tests/test_*.py))
 
 # How many tests run at once; most of them wait for something.
 TEST_PROCESSES ?= 4
@@ -13,21 +16,30 @@ SOAK_S ?= 600
 FUZZ_S ?= 300
 DEBUG_TESTS ?= tests
 
-.PHONY: demo test test-transports matrix bench soak lint debug tsan asan fuzz wheels dist proto check-proto clean
+.PHONY: demo demo-jax test test-transports test-triton matrix bench soak lint docs debug tsan asan fuzz wheels dist proto check-proto clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/atari_demo.py
 
+demo-jax: $(VENV)/installed-demo-jax
+	$(BIN)/python examples/jax_muzero.py
+
 test: $(VENV)/installed-test
 	$(BIN)/pytest -n $(TEST_PROCESSES) tests
 
-# The tests over sockets again: in the pairings of server and client that `make test` leaves out, then with gRPC's and
-# glibc's own defaults.
+# The tests over sockets again. `make test` has both ends direct and tuned. With these three, server and client have run in
+# all four pairings of transports, and each transport on each end both tuned and with gRPC's and glibc's own defaults.
+AGAIN := $(BIN)/pytest -q -n $(TEST_PROCESSES) $(OVER_SOCKETS)
+UNTUNED := GRPC_BATCHER_TUNE_GRPC=0 GRPC_BATCHER_TUNE_MALLOC=0
 test-transports: $(VENV)/installed-test
-	for transports in public public/direct direct/public; do \
-		GRPC_BATCHER_TRANSPORT=$$transports $(BIN)/pytest -q -n $(TEST_PROCESSES) $(OVER_SOCKETS) || exit 1; \
-	done
-	GRPC_BATCHER_TUNE_GRPC=0 GRPC_BATCHER_TUNE_MALLOC=0 $(BIN)/pytest -q -n $(TEST_PROCESSES) $(OVER_SOCKETS)
+	GRPC_BATCHER_TRANSPORT=public $(AGAIN)
+	GRPC_BATCHER_TRANSPORT=public/direct $(UNTUNED) $(AGAIN)
+	GRPC_BATCHER_TRANSPORT=direct/public $(UNTUNED) $(AGAIN)
+
+# tritonclient needs an older protobuf than the other tests.
+test-triton:
+	$(MAKE) $(VENV)-triton/installed-triton VENV=$(VENV)-triton
+	$(VENV)-triton/bin/pytest -q tests/test_triton_client.py
 
 # The tests with the oldest and the newest releases, on each Python here. MATRIX_ROWS="3.10-oldest 3.13-newest" and
 # MATRIX_TESTS="core wire" choose; `nox --list` names the rows. With GRPC_BATCHER_TRANSPORT, only the tests over sockets.
@@ -47,13 +59,18 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck .ci/run scripts/*.sh
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint grpc_batcher
+	PATH="$(abspath $(BIN)):$$PATH" actionlint $(wildcard .github/workflows/*.yml)
+	$(BIN)/zizmor --offline --quiet .github
 	$(BIN)/mypy
 	$(BIN)/stubtest --mypy-config-file pyproject.toml grpc_batcher._arrays grpc_batcher._core grpc_batcher._wire
 
+# The documentation's site in build/site. It needs Python 3.11 or newer.
+docs: $(VENV)/installed-docs
+	$(BIN)/python -I scripts/build_site.py
+
 # The same tests on a core that checks its invariants.
 debug: $(VENV)-debug/bin/python
-	GRPC_BATCHER_DEBUG=1 $(VENV)-debug/bin/pip install --quiet --force-reinstall --no-deps . && \
-		$(VENV)-debug/bin/pip install --quiet ".[test]"
+	GRPC_BATCHER_DEBUG=1 $(VENV)-debug/bin/pip install --quiet ".[test]"
 	$(VENV)-debug/bin/pytest -n $(TEST_PROCESSES) $(DEBUG_TESTS)
 
 # The core's tests in a build with a sanitizer, and planted faults that it must find.
@@ -85,7 +102,7 @@ check-proto: $(PROTO_VENV)/bin/python
 	$(PROTO_VENV)/bin/python scripts/generate_proto.py --check
 
 clean:
-	rm -rf $(VENV) $(VENV)-debug $(PROTO_VENV) build dist *.egg-info grpc_batcher/*.so
+	rm -rf $(VENV) $(VENV)-debug $(VENV)-triton $(PROTO_VENV) build dist *.egg-info grpc_batcher/*.so
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -93,13 +110,20 @@ clean:
 %/bin/python:
 	$(PYTHON) -m venv $*
 
-$(VENV)/installed-%: $(SOURCES) | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --force-reinstall --no-deps .
-	$(BIN)/pip install --quiet ".[$*]"
+# Built once for all environments with the same Python: compiling takes longest. (From a folder, pip would build twice.)
+WHEEL := build/wheel/$(notdir $(PYTHON))
+$(WHEEL)/built: $(SOURCES) | $(VENV)/bin/python
+	rm -rf $(WHEEL)
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir $(WHEEL) .
+	touch $@
+
+$(VENV)/installed-%: $(WHEEL)/built | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --force-reinstall --no-deps $(WHEEL)/*.whl
+	$(BIN)/pip install --quiet "$$(echo $(WHEEL)/*.whl)[$*]"
 	touch $@
 
 # Only the tools: without a compiler, and without our package.
-$(VENV)/installed-dist $(VENV)/installed-matrix: $(VENV)/installed-%: pyproject.toml | $(VENV)/bin/python
+$(VENV)/installed-dist $(VENV)/installed-docs $(VENV)/installed-matrix: $(VENV)/installed-%: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install --quiet "pip>=25.1"
 	$(BIN)/pip install --quiet --group $*
 	touch $@

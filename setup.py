@@ -5,9 +5,19 @@ or address does the same with a sanitizer, whose runtime must then be preloaded 
 """
 
 import os
+import sys
+import sysconfig
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+
+# grpcio has no wheels for free-threaded Pythons, and importing it there would turn the GIL on again. pip comes here
+# before it compiles grpcio, which takes long.
+if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    sys.exit(
+        f"grpc_batcher does not support free-threaded Python, because grpcio does not; this is {sys.version}. "
+        "Use the ordinary build of Python."
+    )
 
 sanitizer = os.environ.get("GRPC_BATCHER_SANITIZE", "")
 debug = sanitizer != "" or os.environ.get("GRPC_BATCHER_DEBUG", "0") not in ("", "0")

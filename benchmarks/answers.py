@@ -10,6 +10,10 @@ FILLER = b"a" * (ANSWER_BYTES - TAG_BYTES)
 # The key of the only value, where answers are dictionaries.
 KEY = "r"
 
+# The model's name in the Open Inference Protocol, and that of its only input. Its only output is `KEY`.
+MODEL = "echo"
+INPUT = "data"
+
 
 def answer_to(payload: bytes) -> bytes:
     return FILLER + payload[-TAG_BYTES:]

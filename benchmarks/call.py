@@ -10,7 +10,6 @@ from grpc_batcher import info
 from grpc_batcher._cli.load import Job, Outcome, Send, Window, run
 from grpc_batcher._cli.workers import obey
 
-from answers import TAG_BYTES
 from callers import Connection, connect
 
 # gRPC closes a socket a moment after its channel. Until then, plain grpcio's next channel would share it.
@@ -40,7 +39,10 @@ class Callers:
 
     def run(self, window: Window, most_requests: int | None = None) -> tuple[Outcome, str | None]:
         """Have them ask in this window, each at most `most_requests` times. Returns the outcome and the transport."""
-        outcome = run(self._senders, self._jobs, window, most_requests=most_requests)
+        if self.connection.run is not None:
+            outcome = self.connection.run(self._jobs, window)
+        else:
+            outcome = run(self._senders, self._jobs, window, most_requests=most_requests)
         return outcome, self.connection.transport()
 
     def first_requests(self, window_s: float) -> list[int]:
@@ -60,6 +62,11 @@ class Callers:
             time.sleep(_CLOSING_S)
         return durations_ns
 
+    def connect(self, address: str) -> None:
+        """Ask another server of the same kind from now on."""
+        self.close()
+        self._server = self._server[0], address
+
     def close(self) -> None:
         """Close the connection; the next `prepare` makes a new one."""
         self.connection.close()
@@ -70,14 +77,12 @@ def call(pipe: Pipe, kind: str, address: str) -> None:
     """The process."""
     callers = Callers(kind, address)
     pipe.send({"transport": callers.connection.transport()})
-    commands = {name: getattr(callers, name) for name in ("prepare", "run", "first_requests", "close")}
+    commands = {name: getattr(callers, name) for name in ("prepare", "run", "first_requests", "connect", "close")}
     obey(pipe, {**commands, "info": info})
 
 
 def _jobs(connection: Connection, callers: int, first: int, payload_bytes: int) -> Iterator[list[Job]]:
     """Two payloads per caller, so that an answer to its last request does not pass for one to this request."""
     for caller in range(first, first + callers):
-        payloads = [
-            bytes(payload_bytes - TAG_BYTES) + (2 * caller + which).to_bytes(TAG_BYTES, "big") for which in range(2)
-        ]
+        payloads = [connection.payload(payload_bytes, 2 * caller + which) for which in range(2)]
         yield [Job(payload, connection.expected(payload)) for payload in payloads]

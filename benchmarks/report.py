@@ -41,6 +41,7 @@ _UNITS = {
     "mean_ms": "ms",
     "p50_ms": "ms",
     "idle_mib": "MiB",
+    "gil_ms": "ms",
 }
 
 # Digits of medians below 100, where they are not 3.

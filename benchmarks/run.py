@@ -23,7 +23,20 @@ import report
 from measuring import Sample
 from report import Measured
 from row import Bench, Row, Settings
-from rows import actors, callback, core_alone, few_callers, first_request, idle, overlap, streams, throughput
+from rows import (
+    actors,
+    arrays,
+    callback,
+    core_alone,
+    few_callers,
+    first_request,
+    idle,
+    in_flight,
+    open_inference,
+    overlap,
+    streams,
+    throughput,
+)
 
 ROWS: dict[str, ModuleType] = {
     "throughput": throughput,
@@ -35,6 +48,9 @@ ROWS: dict[str, ModuleType] = {
     "overlap": overlap,
     "actors": actors,
     "first_request": first_request,
+    "in_flight": in_flight,
+    "arrays": arrays,
+    "open_inference": open_inference,
 }
 
 # The order in which they are measured: the first two share their processes.
@@ -182,13 +198,13 @@ def main(arguments: Sequence[str]) -> int:
         bench.not_run["the picture"] = str(error)
 
     print(
-        "Batches of 16 / 5 ms, answers of 1 KiB. Unless stated otherwise: requests of 64 B, callers in 2 processes.\n"
+        "Unless stated otherwise: batches of 16 / 5 ms, requests of 64 B, answers of 1 KiB, callers in 2 processes.\n"
     )
     print(report.as_text(table))
     rounds = "one round" if settings.rounds == 1 else f"the medians of {settings.rounds} rounds"
     print(f"\nThese are {rounds}; the spread is the largest minus the smallest. It took {progress.passed_s:.0f} s.")
     if here["others_percent"] > _MOST_OTHERS_PERCENT:
-        print(f"Others used {here['others_percent']} % of this machine meanwhile: do not trust these figures.")
+        print(f"Other programs used {here['others_percent']} % of this machine: do not trust these figures.")
     for title, reason in bench.not_run.items():
         print(f"Not run: {title}: {reason}")
     for problem in problems:

@@ -17,6 +17,7 @@ from call import call
 from processes import UNTUNED, Child, run_program
 from servers import batcher as batcher_server
 from servers import grpcio_echo as grpcio_server
+from servers import inference as inference_server
 
 BATCH_SIZE = 16
 BATCH_TIMEOUT_S = 0.005
@@ -36,6 +37,7 @@ class System:
     transport: this library's transport, for its own servers and for its client; None for systems without either, whose
         processes must not be tuned by this library.
     environment: more variables of this library, for both ends.
+    own_callers: whether this library's client asks its own server; otherwise its callers are not tuned.
     """
 
     title: str
@@ -43,6 +45,7 @@ class System:
     caller: str
     transport: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    own_callers: bool = True
 
     def spawn_server(self) -> Child:
         """Start a server, without waiting until it is ready. Raises Unavailable."""
@@ -51,7 +54,8 @@ class System:
     def spawn_callers(self, server: Child) -> Child:
         """Start a process of callers, without waiting until it is ready."""
         address = f"127.0.0.1:{server.ready['port']}"
-        return Child(f"callers of {self.title!r}", call, self.caller, address, environment=self._environment())
+        environment = self._environment() if self.own_callers else UNTUNED
+        return Child(f"callers of {self.title!r}", call, self.caller, address, environment=environment)
 
     def _environment(self) -> Mapping[str, str]:
         if self.transport is None:
@@ -105,6 +109,25 @@ def _mosec() -> tuple[Any, ...]:
     return run_program, sys.executable, str(script), str(BATCH_SIZE), str(BATCH_TIMEOUT_S)
 
 
+def inference(name: str, payload_bytes: int, caller: str) -> System:
+    """A server of the Open Inference Protocol, INFERENCE or PYTRITON, that Triton's client asks."""
+    run, title, transport = {
+        INFERENCE: (inference_server.run, "this library", DIRECT),
+        PYTRITON: (inference_server.run_pytriton, "PyTriton", None),
+    }[name]
+
+    def server() -> tuple[Any, ...]:
+        if importlib.util.find_spec("tritonclient") is None:
+            raise Unavailable("Triton's client is not installed (pip install 'tritonclient[grpc]')")
+        if name == PYTRITON and importlib.util.find_spec("pytriton") is None:
+            raise Unavailable(
+                "PyTriton is not installed (pip install nvidia-pytriton; it needs numpy 1, so at most Python 3.12)"
+            )
+        return run, BATCH_SIZE, BATCH_TIMEOUT_S, payload_bytes
+
+    return System(title, server, caller, transport, own_callers=False)
+
+
 DIRECT = "direct"
 PUBLIC = "public"
 STREAMS = "grpcio-streams"
@@ -112,6 +135,8 @@ CALLS = "grpcio-calls"
 CPP = "cpp"
 MOSEC = "mosec"
 MOSEC_SOCKET = "mosec-socket"
+INFERENCE = "inference"
+PYTRITON = "pytriton"
 
 SYSTEMS = {
     DIRECT: batcher("direct"),

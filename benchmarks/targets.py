@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rows import actors
+from array_kinds import ARRAYS, BLIND, BY_HAND, DTYPES
+from rows import actors, arrays, in_flight, open_inference
 from rows.first_request import UNBATCHED
 from rows.streams import EACH
 from rows.throughput import SIZES
-from systems import CALLS, CPP, DIRECT, MOSEC, MOSEC_SOCKET, PUBLIC, STREAMS
+from systems import CALLS, CPP, DIRECT, INFERENCE, MOSEC, MOSEC_SOCKET, PUBLIC, PYTRITON, STREAMS
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ _THROUGHPUT: dict[str, tuple[str, dict[int, float]]] = {
     CPP: ("C++ echo", {64: 0.8, 110_592: 0.8, 884_736: 0.8}),
     MOSEC: ("mosec", {64: 2.2}),
     MOSEC_SOCKET: ("mosec, bare socket", {64: 0.8}),
+}
+
+# Arrays: how many times the throughput of array work by hand, and of no array work, by the bytes of a request.
+_ARRAYS = {
+    BY_HAND: {110_592: 1.15, 884_736: 1.4},
+    BLIND: {110_592: 0.9, 884_736: 0.85},
 }
 
 TARGETS = [
@@ -173,11 +180,63 @@ TARGETS = [
     ),
     *(
         Target(
+            "in_flight",
+            f"{size:,} B: {title} / {threads} blocking threads",
+            Of(f"in_flight/{size}/{kind}/{count}/{DIRECT}"),
+            Of(f"in_flight/{size}/blocking/{threads}/{DIRECT}"),
+            at_least=1.5 if (kind, size, threads) == ("many", 64, 16) else None,
+        )
+        for size in in_flight.SIZES
+        for kind, count, title in (
+            ("many", in_flight.MANY, f"one thread, send_many of {in_flight.MANY}"),
+            ("tasks", in_flight.TASKS, f"asyncio, {in_flight.TASKS} tasks"),
+        )
+        for threads in in_flight.BLOCKING
+    ),
+    Target(
+        "in_flight",
+        f"64 B: server CPU per request, send_many of {in_flight.MANY} / 16 blocking threads",
+        Of(f"in_flight/64/many/{in_flight.MANY}/{DIRECT}", "server_cpu_us"),
+        Of(f"in_flight/64/blocking/16/{DIRECT}", "server_cpu_us"),
+        below=1.0,
+    ),
+    *(
+        Target(
             "first_request",
             f"first request: {title} / plain grpcio, persistent streams",
             Of(f"first/{name}", "p50_ms"),
             Of(f"first/{STREAMS}", "p50_ms"),
         )
         for name, title in ((DIRECT, "direct transport"), (UNBATCHED, "direct transport, batches of one"))
+    ),
+    *(
+        Target(
+            "arrays",
+            f"{size:,} B, batches of {batch_size}, {network_title}: arrays= / {arrays.WAYS[way]}",
+            Of(arrays.key(size, batch_size, network, ARRAYS)),
+            Of(arrays.key(size, batch_size, network, way)),
+            at_least=at_least[size],
+        )
+        for way, at_least in _ARRAYS.items()
+        for size in DTYPES
+        for batch_size in arrays.BATCH_SIZES
+        for network, network_title in arrays.NETWORKS.items()
+    ),
+    Target(
+        "arrays",
+        f"{arrays.GIL_BYTES:,} B: the GIL held for a batch of {arrays.GIL_BATCH_SIZE}, in ms",
+        Of(arrays.GIL_KEY, "gil_ms"),
+        below=0.1,
+    ),
+    *(
+        Target(
+            "open_inference",
+            f"{size:,} B, {way}: this library / PyTriton",
+            Of(f"inference/{size}/{way}/{INFERENCE}"),
+            Of(f"inference/{size}/{way}/{PYTRITON}"),
+            at_least=1,
+        )
+        for size in open_inference.SIZES
+        for way in open_inference.WAYS
     ),
 ]

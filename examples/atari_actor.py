@@ -13,13 +13,13 @@ from functools import partial
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier, Event
 from threading import BrokenBarrierError
+from typing import Any
 
 from grpc_batcher import MukoeBatcherClient
 
 import grpc
 import numpy as np
 import numpy.typing as npt
-from array_packing import pack_array, unpack_array
 from atari_game import AtariGame
 
 ACTIONS_TRIED = 4  # in the look-ahead; a game has 3 to 18
@@ -62,8 +62,8 @@ def run_actor(
         game = AtariGame(game_name, seed)
         rng = np.random.default_rng(seed)
         with (
-            MukoeBatcherClient(repr_address) as repr_client,
-            MukoeBatcherClient(dyna_address) as dyna_client,
+            MukoeBatcherClient(repr_address, arrays=True) as repr_client,
+            MukoeBatcherClient(dyna_address, arrays=True) as dyna_client,
         ):
             start_line.wait(START_LIMIT_S)
             started_s = time.monotonic()
@@ -87,24 +87,20 @@ def play_move(
     report: ActorReport,
 ) -> None:
     """Choose a move with a look-ahead of one step, play it, and update the report."""
-    observation = pack_array(game.observation)
-    state = ask(partial(repr_client.send_request, observation), report.repr_latencies_ms, report)
+    state = ask(partial(repr_client.send_request, game.observation), report.repr_latencies_ms, report)
 
-    logits = unpack_array(state["policy"])
+    logits = state["policy"]
     likeliest = sorted(game.actions, key=lambda action: -logits[action])[:ACTIONS_TRIED]
 
     scores = []
     for action in likeliest:
-        # The embedding is sent back unchanged, so there is no need to unpack it. The answer contains the next
-        # embedding, from which a deeper search would continue.
+        # The answer contains the next embedding, from which a deeper search would continue.
         following = ask(
             partial(dyna_client.send_request, state["embedding"], action),
             report.dyna_latencies_ms,
             report,
         )
-        reward = float(unpack_array(following["reward"]))
-        value = float(unpack_array(following["value"]))
-        scores.append(reward + DISCOUNT * value)
+        scores.append(float(following["reward"] + DISCOUNT * following["value"]))
 
     game.act(int(rng.choice(likeliest, p=preferences(scores))))
     report.moves += 1
@@ -113,10 +109,10 @@ def play_move(
 
 
 def ask(
-    send: Callable[[], tuple[dict[str, bytes], int]],
+    send: Callable[[], tuple[dict[str, npt.NDArray[Any]], int]],
     latencies_ms: list[float],
     report: ActorReport,
-) -> dict[str, bytes]:
+) -> dict[str, npt.NDArray[Any]]:
     """Send one request until it is answered, as an actor that outlives its server must.
 
     Adds the duration of the successful try to `latencies_ms`. After GIVE_UP_AFTER_S without an answer, raises what the

@@ -26,9 +26,11 @@ from grpc_batcher import MukoeBatcher, create_batcher
 
 import numpy as np
 from atari_actor import START_LIMIT_S, ActorReport, run_actor
-from atari_network import Network, dyna_callback, repr_callback
+from atari_network import Network, represent, step
 
 GAMES = ["breakout", "pong", "space_invaders", "ms_pacman", "seaquest", "qbert", "boxing", "enduro"]
+
+WEIGHTS_STEP = 1  # the version of the weights, which every answer has
 
 PROGRESS_EVERY_S = 0.5  # in a terminal, where the line is overwritten
 PROGRESS_LINE_EVERY_S = 4.0  # in a file or a log, where every line stays
@@ -39,13 +41,12 @@ def main() -> int:
     """Serve, play and print. Returns the exit status: 0 if every actor played to the end."""
     options = parse_options()
 
-    network = Network(seed=0)
     repr_batcher = create_batcher(
         "repr",
         batch_size=options.batch_size,
         batch_timeout_s=options.batch_timeout_s,
         port=0,  # any free one
-        batch_process_fn=repr_callback(network, options.batch_size),
+        batch_process_fn=represent,
         host="127.0.0.1",  # for actors on this machine only
     )
     dyna_batcher = create_batcher(
@@ -53,9 +54,13 @@ def main() -> int:
         batch_size=options.batch_size,
         batch_timeout_s=options.batch_timeout_s,
         port=0,
-        batch_process_fn=dyna_callback(network, options.batch_size),
+        batch_process_fn=step,
         host="127.0.0.1",
     )
+    # A learner would publish again after each update, with the next step. Nothing learns here.
+    network = Network(seed=0)
+    for batcher in (repr_batcher, dyna_batcher):
+        batcher.publish(network, step=WEIGHTS_STEP)
     with repr_batcher, dyna_batcher:
         reports, interrupted = play_games(options, repr_batcher, dyna_batcher)
 

@@ -1,4 +1,4 @@
-"""A small network in numpy with the parts that MuZero has, and the two callbacks that serve it.
+"""A small network in numpy with the parts that MuZero has, and the two callbacks that serve it as arrays.
 
 The weights are random and never trained, so it plays no better than chance. But its work is real: the arrays have the
 sizes that real users send, and every answer is computed from its own request.
@@ -6,18 +6,14 @@ sizes that real users send, and every answer is computed from its own request.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from grpc_batcher import Array, Batch, arrays
 
 import numpy as np
 import numpy.typing as npt
-from array_packing import pack_array, unpack_array
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.int32]
-
-Answer = tuple[dict[str, bytes], int]  # what a callback returns for one request
 
 OBSERVATION_SHAPE = (96, 96, 3, 4)  # rows, columns, colours, the last four screens: 110,592 bytes
 EMBEDDING_SHAPE = (6, 6, 256)  # rows, columns, channels; as float32 36,864 bytes
@@ -41,9 +37,6 @@ class Network:
             # With this scale, values have about the same size in every layer.
             return rng.standard_normal((inputs, outputs), np.float32) / np.float32(inputs**0.5)
 
-        # The version of the weights, sent with every answer as its `step`. A learner would increment it with each
-        # update. Nothing learns here, so it stays 0.
-        self.version = 0
         self._patch_weights = weights(PATCH_VALUES, CHANNELS)
         self._action_vectors = weights(1, ACTION_COUNT * CHANNELS).reshape(ACTION_COUNT, CHANNELS)
         self._residual_in = weights(CHANNELS, CHANNELS)
@@ -102,48 +95,19 @@ def _normalised(values: FloatArray) -> FloatArray:
     return centred / (centred.std(axis=-1, keepdims=True) + np.float32(1e-5))
 
 
-def repr_callback(network: Network, batch_size: int) -> Callable[[list[bytes]], list[Answer]]:
-    """Return the callback of a "repr" batcher: a packed observation in, an embedding out."""
-
-    def answer_batch(requests: list[bytes]) -> list[Answer]:
-        observations = [unpack_array(packed) for packed in requests]
-        outputs = network.represent(_stacked_and_padded(observations, OBSERVATION_SHAPE, np.uint8, batch_size))
-        return _answers(outputs, len(requests), network.version)
-
-    return answer_batch
+# The callbacks. A batcher copies the requests into one array per name, and sends each caller its rows of what is
+# returned. `weights` is the network that was published last.
 
 
-def dyna_callback(network: Network, batch_size: int) -> Callable[[list[tuple[bytes, int]]], list[Answer]]:
-    """Return the callback of a "dyna" batcher: a packed embedding and an action in, the next embedding out."""
-
-    def answer_batch(requests: list[tuple[bytes, int]]) -> list[Answer]:
-        embeddings = [unpack_array(packed) for packed, _ in requests]
-        actions = [np.asarray(action) for _, action in requests]
-        outputs = network.step(
-            _stacked_and_padded(embeddings, EMBEDDING_SHAPE, np.float32, batch_size),
-            _stacked_and_padded(actions, (), np.int32, batch_size),
-        )
-        return _answers(outputs, len(requests), network.version)
-
-    return answer_batch
+@arrays(data=Array(OBSERVATION_SHAPE, "uint8"))
+def represent(batch: Batch) -> dict[str, FloatArray]:
+    """Answer a batch of a "repr" batcher: observations in, embeddings out."""
+    network: Network = batch.weights
+    return network.represent(batch["data"])
 
 
-def _stacked_and_padded(
-    rows: Sequence[npt.NDArray[Any]], shape: tuple[int, ...], dtype: type, batch_size: int
-) -> npt.NDArray[Any]:
-    """Stack rows of `shape` to (batch_size, *shape). Missing rows are zeros.
-
-    numpy accepts a batch of any length. A compiled network (jax.jit) would be compiled again for each length, so its
-    users always pass the same one.
-    """
-    stacked: npt.NDArray[Any] = np.zeros((batch_size, *shape), dtype)
-    for index, row in enumerate(rows):
-        if row.shape != shape:  # or numpy might broadcast a smaller array
-            raise ValueError(f"request {index} holds an array of shape {row.shape}, not {shape}")
-        stacked[index] = row
-    return stacked
-
-
-def _answers(outputs: dict[str, FloatArray], count: int, version: int) -> list[Answer]:
-    """Return an answer for each of the first `count` rows; the rest is padding."""
-    return [({name: pack_array(rows[index]) for name, rows in outputs.items()}, version) for index in range(count)]
+@arrays(data=Array(EMBEDDING_SHAPE, "float32"))
+def step(batch: Batch) -> dict[str, FloatArray]:
+    """Answer a batch of a "dyna" batcher: embeddings and actions in, the next embeddings out."""
+    network: Network = batch.weights
+    return network.step(batch["data"], batch["action"])

@@ -12,6 +12,7 @@ except ImportError as error:
 
 from . import _process as _process  # before grpc is imported
 from ._array import Array, arrays
+from ._client.async_client import AsyncMukoeBatcherClient
 from ._client.client import MukoeBatcherClient
 from ._errors import BatcherError, BindError, RequestError
 from ._info import info
@@ -23,6 +24,7 @@ from ._version import __version__
 
 __all__ = [
     "Array",
+    "AsyncMukoeBatcherClient",
     "Batch",
     "BatcherError",
     "BindError",

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-# As many axes as numpy 1 allows, less the one of rows.
-_MAX_DIMENSIONS = 31
+# The most axes that a message's arrays may have, less the one of rows.
+_MAX_DIMENSIONS = 30
 _MAX_ROW_BYTES = 2**31 - 1  # of a message
 
 _DECLARATION = "__grpc_batcher_arrays__"
@@ -83,12 +83,14 @@ def import_numpy() -> Any:
     return numpy
 
 
+# Both are asked for each array of each request or batch, and numpy makes a dtype's name anew each time.
+@lru_cache
 def dtype_named(name: str) -> np.dtype[Any]:
     """Return the dtype of a name on the wire. Raises TypeError if there is none here, or if it cannot travel."""
     numpy = import_numpy()
     try:
         dtype = numpy.dtype(name)
-    except TypeError:
+    except Exception:  # numpy parses it, and raises SyntaxError for some names
         if (scalar := _extra_types().get(name)) is None:
             raise TypeError(
                 f"the dtype {name!r:.100} is unknown here; numpy's are known, and those of ml_dtypes if it is installed"
@@ -98,6 +100,7 @@ def dtype_named(name: str) -> np.dtype[Any]:
     return dtype  # type: ignore[no-any-return]
 
 
+@lru_cache
 def name_of(dtype: np.dtype[Any]) -> str:
     """Return a dtype's name on the wire, which says nothing about byte order. Raises TypeError if it cannot travel."""
     if dtype.kind in "biufc" or dtype.type in _extra_types().values():
@@ -151,8 +154,11 @@ def _checked_shape(shape: Iterable[int]) -> tuple[int, ...]:
 def _checked_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     if dtype is None:  # to numpy it means float64
         raise TypeError("dtype is None; it must be a dtype of numpy's, or its name, such as 'uint8'")
-    found = dtype_named(dtype) if isinstance(dtype, str) else import_numpy().dtype(dtype)
-    name_of(found)
+    try:
+        found = dtype_named(dtype) if isinstance(dtype, str) else import_numpy().dtype(dtype)
+        name_of(found)
+    except TypeError as error:
+        raise TypeError(f"dtype is {dtype!r:.100}: {error}") from None
     if not found.isnative:
         raise ValueError(f"dtype is {found.str!r}, which is not of this machine's byte order; use {found.name!r}")
     return found

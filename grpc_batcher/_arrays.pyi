@@ -76,6 +76,14 @@ class RequestReader:
     ) -> ArrayRequest:
         """Return the ArrayRequest of pairs (name, bytes), which protobuf has read. Raises ArrayError as `read` does."""
 
+    def of_rows(self, columns: Iterable[bytes], rows: int, actions: bytes | None = None) -> ArrayRequest:
+        """Return the ArrayRequest of each field's rows, which it keeps: `bytes`, in the order of the fields.
+
+        actions: an int32 in native byte order per row; None for kinds that have none.
+
+        Raises ArrayError for a wrong number of rows or bytes.
+        """
+
 @final
 class ArrayRequest:
     """A request's arrays, as they lie in its message. Created by RequestReader."""
@@ -88,7 +96,7 @@ class ArrayRequest:
         """Whether the arrays of the answer have an axis of rows."""
     @property
     def action(self) -> int:
-        """0 where the kind has none."""
+        """Of every row; 0 where the kind has none, and where each row has its own."""
     @property
     def size_bytes(self) -> int:
         """Bytes of the message that it keeps."""
@@ -120,7 +128,7 @@ def gather(requests: Iterable[ArrayRequest], field: int, target: Buffer, size: i
     """
 
 def gather_actions(requests: Iterable[ArrayRequest], target: Buffer, size: int) -> int:
-    """Write each request's action, once per row, into a buffer of `size` int32, and return how many rows they are.
+    """Write each row's action into a buffer of `size` int32, and return how many rows they are.
 
     What is left in the buffer repeats the first.
     """

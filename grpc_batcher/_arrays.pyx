@@ -611,6 +611,40 @@ cdef class RequestReader:
             self._add(request, self._index_of(name), payload)
         return self._complete(request)
 
+    def of_rows(self, columns, Py_ssize_t rows, bytes actions=None):
+        """Return the ArrayRequest of each field's rows, which it keeps: `bytes`, in the order of the fields.
+
+        actions: an int32 in native byte order per row; None for kinds that have none.
+
+        Raises ArrayError for a wrong number of rows or bytes.
+        """
+        cdef tuple kept = tuple(columns)
+        cdef ArrayRequest request
+        cdef Field field
+        cdef bytes content
+        if not 1 <= rows <= self._max_rows:
+            raise ArrayError(f"the request has {rows} rows; this batcher takes from 1 to {self._max_rows}")
+        if len(kept) != len(self._fields):
+            raise ArrayError(f"the request has {len(kept)} arrays; this batcher takes {self._names()}")
+        if (actions is not None) != (self._action_tag != 0):
+            raise ArrayError("the request has actions" if actions is not None else "the request has no actions")
+        if actions is not None and len(actions) != rows * <Py_ssize_t>sizeof(int32_t):
+            raise ArrayError(f"the actions have {len(actions)} bytes; {rows} rows have {rows * sizeof(int32_t)}")
+        request = self._begin((kept, actions), sum([len(content) for content in kept]), 0, True)
+        request.rows = rows
+        if actions is not None:
+            request._actions = <const unsigned char *>PyBytes_AS_STRING(actions)
+        for i in range(len(kept)):
+            field = self._fields[i]
+            content = kept[i]
+            if PyBytes_GET_SIZE(content) != rows * field.row_bytes:
+                raise ArrayError(
+                    f"{field.name} has {len(content)} bytes; {rows} rows of {field.dtype} {list(field.shape)} have "
+                    f"{rows * field.row_bytes}"
+                )
+            request._data[i] = <reader_t>PyBytes_AS_STRING(content)
+        return self._complete(request)
+
     cdef ArrayRequest _begin(self, kept, Py_ssize_t size_bytes, int32_t action, bint keep_rows_axis):
         cdef ArrayRequest request = ArrayRequest.__new__(ArrayRequest)
         request._data = <reader_t *>PyMem_Calloc(len(self._fields), sizeof(reader_t))
@@ -701,7 +735,7 @@ cdef class ArrayRequest:
 
     rows: how many rows each array has, from 1.
     keeps_axis: whether the arrays of the answer have an axis of rows.
-    action: 0 where the kind has none.
+    action: of every row; 0 where the kind has none, and where each row has its own.
     size_bytes: bytes of the message that it keeps.
     """
     cdef readonly Py_ssize_t rows
@@ -711,6 +745,7 @@ cdef class ArrayRequest:
     cdef RequestReader _reader
     cdef object _kept
     cdef reader_t *_data  # of each field, in `_kept`
+    cdef const unsigned char *_actions  # of each row, in `_kept`; NULL where they are all `action`
 
     def __dealloc__(self):
         PyMem_Free(self._data)
@@ -846,8 +881,14 @@ def gather(requests, Py_ssize_t field, target, Py_ssize_t size):
     return rows
 
 
+cdef const void *action_of(ArrayRequest request, Py_ssize_t row) noexcept:
+    if request._actions == NULL:
+        return &request.action
+    return request._actions + row * sizeof(int32_t)
+
+
 def gather_actions(requests, target, Py_ssize_t size):
-    """Write each request's action, once per row, into a buffer of `size` int32, and return how many rows they are.
+    """Write each row's action into a buffer of `size` int32, and return how many rows they are.
 
     What is left in the buffer repeats the first. Raises as `gather` does.
     """
@@ -855,7 +896,7 @@ def gather_actions(requests, target, Py_ssize_t size):
     cdef Py_ssize_t rows = count_rows(given)
     cdef ArrayRequest request
     cdef unsigned char *at
-    cdef Py_ssize_t _row
+    cdef Py_ssize_t row, _row
     cdef Py_buffer view
     PyObject_GetBuffer(target, &view, PyBUF_WRITABLE)
     try:
@@ -863,12 +904,12 @@ def gather_actions(requests, target, Py_ssize_t size):
         at = <unsigned char *>view.buf
         for each in given:
             request = <ArrayRequest>each
-            for _row in range(request.rows):
-                memcpy(at, &request.action, sizeof(int32_t))  # the target may be unaligned
+            for row in range(request.rows):
+                memcpy(at, action_of(request, row), sizeof(int32_t))  # the target may be unaligned
                 at += sizeof(int32_t)
         request = <ArrayRequest>given[0]
         for _row in range(size - rows):
-            memcpy(at, &request.action, sizeof(int32_t))
+            memcpy(at, action_of(request, 0), sizeof(int32_t))
             at += sizeof(int32_t)
         invariant(at == <unsigned char *>view.buf + view.len)
     finally:

@@ -16,6 +16,10 @@ METHOD = f"/{SERVICE_NAME}/ProcessRequest"
 # client knows whether its last request was refused, and so may be sent again.
 TAKEN_IN_KEY = "grpc-batcher-taken-in"
 
+# Metadata of a stream that is one of several of its caller, which uses any of them for its next request. Its value has
+# no meaning.
+POOLED_KEY = "grpc-batcher-pooled"
+
 # Metadata that this library's clients open a stream with: how old their connection is, in milliseconds.
 CONNECTION_AGE_KEY = "grpc-batcher-connection-age-ms"
 

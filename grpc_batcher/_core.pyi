@@ -144,10 +144,12 @@ class WaitingRoom:
     @property
     def open_streams(self) -> int:
         """Streams that are open now."""
-    def open_stream(self, owner: object = None) -> Stream:
+    def open_stream(self, owner: object = None, *, pooled: bool = False) -> Stream:
         """Return a new Stream, which the room keeps alive until it is closed.
 
         owner: any object; it is the `owner` of the stream's tickets.
+        pooled: whether its caller has several such streams and uses any of them, so that an idle one says little about
+            what the caller will do.
         """
     def poll_batch(self) -> tuple[str, list[Ticket]] | None:
         """Take a batch if one is due, without blocking.
@@ -163,10 +165,10 @@ class WaitingRoom:
         """Block, without the GIL, until a batch is due, and take it.
 
         Returns (reason, tickets), with the oldest ticket first, or None once the room is closed and nothing is waiting.
-        After a `nudge`, returns ("nudge", []) instead.
+        After a `nudge`, returns ("nudge", []) rather than wait.
         """
     def nudge(self) -> None:
-        """Have `take_batch` return without a batch: now if a thread is in it, otherwise the next time it is called."""
+        """Have `take_batch` return even if no batch is due: now if a thread is in it, otherwise the next time."""
     def finish(self, tickets: Sequence[Ticket], outcomes: Sequence[object]) -> None:
         """Give each taken ticket its outcome (any object), all at the same moment, and wake the threads that wait.
 

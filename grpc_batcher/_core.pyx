@@ -87,6 +87,7 @@ cdef struct stream_t:
     ticket_t *unfinished     # the stream's one request that has not ended, or NULL
     bint is_open
     bint was_answered
+    bint is_pooled           # never changes after `open_stream`
     bint is_recent           # answered within RECENT_NS, and so linked into the room's list of recent streams
     int64_t answered_ns
     stream_t *older          # neighbours in that list
@@ -309,7 +310,8 @@ cdef class WaitingRoom:
     full: `batch_size` rows or more are waiting.
     everyone_in: no more are expected. Every waiting request is from a stream that was answered before, and every open
         stream that was answered within the last second has a request waiting. (A stream's first request says nothing
-        about what its caller will do.) With `leave_early=False` this reason does not exist.
+        about what its caller will do.) With `leave_early=False` this reason does not exist. A pooled stream no longer
+        counts once a batch has waited for it in vain, for a whole window, until it is answered again.
     timeout: the oldest waiting request has waited for `window_ns`.
     drain: the room is closed.
 
@@ -413,15 +415,18 @@ cdef class WaitingRoom:
 
     # ---- methods for Python ----
 
-    def open_stream(self, owner=None):
+    def open_stream(self, owner=None, *, bint pooled=False):
         """Return a new Stream, which the room keeps alive until it is closed.
 
         owner: any object; it is the `owner` of the stream's tickets.
+        pooled: whether its caller has several such streams and uses any of them, so that an idle one says little about
+            what the caller will do.
         """
         cdef Stream stream = Stream.__new__(Stream)
         stream._owner = owner
         stream._room = self
         stream._c.is_open = True
+        stream._c.is_pooled = pooled
         self._streams.add(stream)
         return stream
 
@@ -451,7 +456,7 @@ cdef class WaitingRoom:
         """Block, without the GIL, until a batch is due, and take it.
 
         Returns (reason, tickets), with the oldest ticket first, or None once the room is closed and nothing is waiting.
-        After a `nudge`, returns ("nudge", []) instead.
+        After a `nudge`, returns ("nudge", []) rather than wait.
 
         On the main thread, signal handlers run meanwhile. If one raises, this raises that, and no request is lost.
         """
@@ -473,7 +478,7 @@ cdef class WaitingRoom:
             PyErr_CheckSignals()
 
     def nudge(self):
-        """Have `take_batch` return without a batch: now if a thread is in it, otherwise the next time it is called."""
+        """Have `take_batch` return even if no batch is due: now if a thread is in it, otherwise the next time."""
         self._lock()
         self._nudged = True
         pthread_cond_signal(&self._due_sooner)
@@ -730,13 +735,14 @@ cdef class WaitingRoom:
         cdef Reason reason = NOT_DUE
         pthread_mutex_lock(&self._mutex)
         while True:
-            nudged[0], self._nudged = self._nudged, False
-            if nudged[0]:
-                break
             now_ns = self._now_ns()
             reason = self._pop_if_due(now_ns, batch, expired)
             over[0] = self._closed and self._waiting == 0
             if batch[0] != NULL or expired[0] != NULL or over[0]:
+                break
+            # Only now: nudges that follow one another without a pause must keep nobody waiting.
+            nudged[0], self._nudged = self._nudged, False
+            if nudged[0]:
                 break
             wake_ns = self._due_ns(now_ns)
             if check_signals:
@@ -819,7 +825,7 @@ cdef class WaitingRoom:
         """Finish the tickets that are still TAKEN, and replace the others by NULL."""
         cdef Py_ssize_t i
         for i in range(count):
-            # The state is read anew for each, as a ticket may be listed twice.
+            # The state is read for each in turn, as a ticket may be listed twice.
             if tickets[i] == NULL or tickets[i].state != _TAKEN:
                 tickets[i] = NULL
                 continue
@@ -851,6 +857,8 @@ cdef class WaitingRoom:
                 self._wake_if_due_sooner(now_ns)
                 return reason
         self._batches[<int>reason] += 1
+        if reason == TIMEOUT:
+            self._forget_absent()
         while self._waiting > 0:
             ticket = self._ring[self._popped & self._mask]
             if ticket.rows > self.batch_size - rows:
@@ -962,3 +970,14 @@ cdef class WaitingRoom:
     cdef void _forget_old_answers(self, int64_t now_ns) noexcept nogil:
         while self._oldest_answer != NULL and now_ns - self._oldest_answer.answered_ns >= RECENT_NS:
             self._forget_answer(self._oldest_answer)
+
+    cdef void _forget_absent(self) noexcept nogil:
+        """Forget the answers of pooled streams that stayed idle for the whole window of the oldest request."""
+        cdef int64_t since_ns = self._oldest_pushed_ns()
+        cdef stream_t *stream = self._oldest_answer
+        cdef stream_t *newer
+        while stream != NULL and stream.answered_ns <= since_ns:
+            newer = stream.newer
+            if stream.is_pooled and stream.unfinished == NULL:
+                self._forget_answer(stream)
+            stream = newer

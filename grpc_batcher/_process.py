@@ -36,6 +36,10 @@ class Tuning(NamedTuple):
 # From grpcio 1.80 on, gRPC's event engine hands every event to another thread. Without these two experiments gRPC polls
 # its sockets on the threads that wait for them, as it did before, which takes about half the thread switches per
 # request.
+#
+# After `import grpc` there is no way left. gRPC's core reads its experiments once, when its native module is loaded: a
+# variable set later, even before the first channel, changes nothing (tried with grpcio 1.85.3). Their setter is private
+# to the core, the module exports no function besides PyInit_cygrpc, and no channel option chooses between the two.
 _POLLING_EXPERIMENTS = "-event_engine_client,-event_engine_listener"
 _FIRST_WITH_EVENT_ENGINE = (1, 80)
 

@@ -3,11 +3,13 @@
 The compiler is zig's, from the package index: without a container, it links against an old glibc and for other
 processors. Each wheel is audited and installed in clean environments without a compiler: first without extras, where
 README's first example must run, then with the extra `test`, where tests must pass. Wheels for another processor are
-only audited.
+only audited; scripts/prove_pythons.sh tests them.
 
     WHEEL_PYTHONS  which Pythons, such as "3.10 3.13"; by default all from 3.10 on PATH
     WHEEL_TARGETS  which processors, such as "x86_64"; by default "x86_64 aarch64"
     WHEEL_TESTS    which tests: names such as "core wire" (tests/test_core.py, tests/test_wire.py), "all" or "none"
+    WHEEL_KEEP     1: keep the sdist and the wheels that are in dist/, build what is missing, and test what was asked
+                   for; to add Pythons and processors that another machine lacks. By default dist/ is emptied first
 
 Run it in an environment with the tools of pyproject.toml's group `dist`: `make wheels` and `make dist` do.
 """
@@ -28,8 +30,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
-SUPPORTED = ("3.10", "3.11", "3.12", "3.13", "3.14")
-NEWER = tuple(f"3.{minor}" for minor in range(15, 30))  # built for where they are on PATH
+SUPPORTED = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
+NEWER = tuple(f"3.{minor}" for minor in range(16, 30))  # built for where they are on PATH
 GLIBC = "2.17"  # what grpcio's own wheels need
 NEWEST_GLIBC_MINOR = 31  # Ubuntu 20.04's: no wheel may need a newer one
 TARGETS = "x86_64 aarch64"
@@ -68,6 +70,14 @@ def run(*command: str | Path, folder: Path | None = None, environment: dict[str,
     status = subprocess.run(words, cwd=folder, env={**os.environ, **(environment or {})}).returncode
     if status != 0:
         sys.exit(f"status {status} from: {' '.join(words)}")
+
+
+def kept(pattern: str) -> Path | None:
+    """Return the one file in dist/ that matches, or None."""
+    files = list(DIST.glob(pattern))
+    if len(files) > 1:
+        sys.exit(f"{DIST} has {len(files)} files {pattern}; remove the old ones")
+    return files[0] if files else None
 
 
 def build_sdist() -> Path:
@@ -179,24 +189,32 @@ def main() -> None:
     pythons = found_pythons(os.environ.get("WHEEL_PYTHONS", ""))
     targets = os.environ.get("WHEEL_TARGETS") or TARGETS
     tests = os.environ.get("WHEEL_TESTS") or TESTS
-    shutil.rmtree(DIST, ignore_errors=True)
+    if os.environ.get("WHEEL_KEEP", "0") in ("", "0"):
+        shutil.rmtree(DIST, ignore_errors=True)
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="grpc_batcher-wheels-") as folder:
         work = Path(folder)
-        sdist = build_sdist()
+        sdist = kept("grpc_batcher-*.tar.gz")
+        if sdist is not None:
+            outcomes.append((sdist.name, "kept"))
+        else:
+            sdist = build_sdist()
+            check_sdist_builds_offline(pythons[-1], sdist, work)
+            outcomes.append((sdist.name, "builds without a network"))
         with tarfile.open(sdist) as archive:
             archive.extractall(work / "sdist")
         (tree,) = (work / "sdist").iterdir()
-        check_sdist_builds_offline(pythons[-1], sdist, work)
-        outcomes.append((sdist.name, "builds without a network"))
         for python in pythons:
             for machine in targets.split():
-                wheel = build_wheel(python, machine, sdist, work)
+                tag = Path(python).name.replace("python", "cp").replace(".", "")
+                wheel = kept(f"{sdist.name.removesuffix('.tar.gz')}-{tag}-{tag}-*_{machine}.whl")
+                outcome = "kept; " if wheel else "built and audited; "
+                wheel = wheel or build_wheel(python, machine, sdist, work)
                 if machine != platform.machine():
-                    outcome = f"built and audited; not run, as this machine is {platform.machine()}"
+                    outcome += f"not run, as this machine is {platform.machine()}"
                 else:
                     try_bare(python, wheel, work)
-                    outcome = "installed without a compiler and without numpy; README's example ran; "
+                    outcome += "installed without a compiler and without numpy; README's example ran; "
                     if tests == "none":
                         outcome += "not tested, as asked"
                     else:

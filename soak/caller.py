@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import array
+import asyncio
 import itertools
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from grpc_batcher import MukoeBatcherClient, RequestError
+from grpc_batcher import AsyncMukoeBatcherClient, MukoeBatcherClient, RequestError
 
 import grpc
+import numpy as np
 from child import Faults, obey
 from traffic import (
     COUNT_BITS,
@@ -25,10 +27,13 @@ from traffic import (
     TOO_LARGE_BYTES,
     Kind,
     Request,
+    answer_to,
+    from_rows,
     is_asked_for,
     name_of,
     random_size,
     step_of,
+    to_rows,
     what_is_wrong,
     write_request,
 )
@@ -64,11 +69,45 @@ class Load(NamedTuple):
     is_probe: bool = False
 
 
+class Sender:
+    """Sends requests to a server in every way that there is."""
+
+    def __init__(self, target: Target, loop: asyncio.AbstractEventLoop) -> None:
+        self._target = target
+        self._client = _connect(target)
+        self._async_client = AsyncMukoeBatcherClient(target.address, **_options(target))
+        self._loop = loop
+
+    def send(self, payload: bytes, arguments: Mapping[str, Any], chance: random.Random) -> Any:
+        """Send a request, blocking, as a future, as one of many or as a task, and wait for its answer."""
+        arguments = _as_sent(self._target, payload, arguments)
+        way = chance.randrange(4)
+        if way == 0:
+            answer = self._client.send_request(**arguments)
+        elif way == 1:
+            answer = self._client.submit(**arguments).result()
+        elif way == 2:
+            timeout_s = arguments.pop("timeout_s")
+            (answer,) = self._client.send_many([arguments], timeout_s=timeout_s)
+        else:
+            answer = self._wait_for(self._async_client.send_request(**arguments))
+        return _as_bytes(self._target, answer)
+
+    def close(self) -> None:
+        self._client.close()
+        self._wait_for(self._async_client.close())
+
+    def _wait_for(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+
 class Callers:
     def __init__(self, number: int, targets: list[Target], load: Load, seed: str, faults: Faults) -> None:
         self._number = number
         self._targets = targets
-        self._clients = {target: _connect(target) for target in targets}
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, daemon=True).start()
+        self._clients = {target: Sender(target, loop) for target in targets}
         self._load = load
         self._seed = seed
         self._faults = faults
@@ -179,7 +218,7 @@ class Callers:
             if kind is Kind.CANCELLED:
                 answer = _send_and_close(target, payload, arguments, chance)
             else:
-                answer = client.send_request(payload, **arguments)
+                answer = client.send(payload, arguments, chance)
         except RequestError as error:
             return error.code().name, self._wrong_end(target, number, kind, error)
         if answer is None:
@@ -199,8 +238,32 @@ class Callers:
         return f"ended with {code.name}: {details}"
 
 
+def _options(target: Target) -> dict[str, Any]:
+    # The server of arrays returns its input and some more.
+    return {"max_message_bytes": 2 * MAX_MESSAGE_BYTES, "arrays": target.model == "arrays"}
+
+
 def _connect(target: Target) -> MukoeBatcherClient:
-    return MukoeBatcherClient(target.address, max_message_bytes=MAX_MESSAGE_BYTES)
+    return MukoeBatcherClient(target.address, **_options(target))
+
+
+def _as_sent(target: Target, payload: bytes, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `send_request` for a payload."""
+    if target.model != "arrays":
+        return {"data": payload, **arguments}
+    if "action" in arguments:  # the other model's
+        return {"data": np.frombuffer(payload, np.uint8), **arguments}
+    return {**to_rows(payload), "rows": True, **arguments}
+
+
+def _as_bytes(target: Target, answer: tuple[dict[str, Any], int]) -> tuple[dict[str, bytes], int]:
+    """Return an answer as one of bytes."""
+    if target.model != "arrays":
+        return answer
+    arrays, _step = answer
+    ((_first, payload),) = from_rows(arrays, len(arrays["number"]))
+    (number,) = set(arrays["number"].tolist())
+    return answer_to(number, payload)
 
 
 def _send_and_close(
@@ -211,7 +274,7 @@ def _send_and_close(
     closing = threading.Timer(chance.random() * 0.02, client.close)
     closing.start()
     try:
-        return client.send_request(payload, **arguments)
+        return _as_bytes(target, client.send_request(**_as_sent(target, payload, arguments)))
     except RuntimeError:
         return None
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 from grpc_batcher._cli import workers
 
 # Log records that the load is meant to cause.
-_EXPECTED_LOGS = ("the callback raised AskedForError", "shutdown after a grace of")
+_EXPECTED_LOGS = ("the callback raised AskedForError", "shutdown after a grace period of")
 
 _MAX_FAULTS_KEPT = 20
 

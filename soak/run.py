@@ -31,10 +31,11 @@ MAX_FAULTS = 20
 UNAVAILABLE_SLACK_NS = 10_000_000_000
 
 GRACES_S = (0.0, 0.05, 1.0, 5.0)
-STEADY, RESTARTED, RELAYED = "steady server", "restarted server", "relay to the steady server"
+STEADY, RESTARTED, OF_ARRAYS = "steady server", "restarted server", "server of arrays"
+RELAYED = "relay to the steady server"
 # The model of each server, and so of its callers' requests.
-MODELS = {STEADY: "repr", RESTARTED: "dyna", RELAYED: "repr"}
-LONG_LIVED = (STEADY, "its callers", "its probe", "callers of both")
+MODELS = {STEADY: "repr", RESTARTED: "dyna", OF_ARRAYS: "arrays", RELAYED: "repr"}
+LONG_LIVED = (STEADY, OF_ARRAYS, "its callers", "its probe", "callers of both")
 
 
 class Soak:
@@ -49,7 +50,7 @@ class Soak:
         self._readers: dict[str, threading.Thread] = {}
         self._servers: dict[str, Child] = {}
         self._callers: dict[str, Child] = {}
-        self._ports = {STEADY: 0, RESTARTED: 0}
+        self._ports = {STEADY: 0, RESTARTED: 0, OF_ARRAYS: 0}
         self._numbers = itertools.count(1)
         self._ends: dict[str, Counter[str]] = {}
         self._in_flight: dict[str, int] = {}
@@ -86,11 +87,11 @@ class Soak:
         for name in self._ports:
             self._server_is_back(name)
         self._servers[RELAYED] = Child(RELAYED, relay, self._ports[STEADY], str(self._seed))
-        steady, restarted, broken = (
+        steady, restarted, arrays, broken = (
             Target(MODELS[name], f"127.0.0.1:{port}", restarts=name is RESTARTED, breaks=name is RELAYED)
             for name, port in (*self._ports.items(), (RELAYED, self._servers[RELAYED].ready["port"]))
         )
-        self._targets = {"its callers": [steady], "its probe": [steady], "callers of both": [broken, restarted]}
+        self._targets = {"its callers": [steady], "its probe": [steady], "callers of both": [broken, restarted, arrays]}
         self._start_callers("its callers", Load(8))
         self._start_callers("its probe", Load(1, is_probe=True))
         self._start_callers("callers of both", Load(6))
@@ -238,14 +239,15 @@ class Soak:
         left: dict[str, Any] = {}
         limit_s = time.monotonic() + LOST_S
         while time.monotonic() < limit_s:
-            left = self._servers[STEADY].ask("sample")
-            if left["open_streams"] == left["waiting"] == 0:
+            left = {name: self._servers[name].ask("sample") for name in (STEADY, OF_ARRAYS)}
+            if all(each["open_streams"] == each["waiting"] == 0 for each in left.values()):
                 break
             time.sleep(0.05)
         else:
-            self.report(
-                f"without callers, {STEADY} has {left['open_streams']} open streams and {left['waiting']} requests"
-            )
+            for name, each in left.items():
+                self.report(
+                    f"without callers, {name} has {each['open_streams']} open streams and {each['waiting']} requests"
+                )
         for name, child in self._servers.items():
             answer = child.ask("stop", 5.0)
             self._take(name, answer)
@@ -254,13 +256,13 @@ class Soak:
                 self._counts["broken connections"] = answer["broken"]
                 continue
             self._readers[name].join()
-            if name is STEADY and answer["batched"] != self._seen_by[name]:
+            if name is not RESTARTED and answer["batched"] != self._seen_by[name]:
                 self.report(
                     f"{name} counted {answer['batched']} requests in batches; its callback saw {self._seen_by[name]}"
                 )
 
     def _still_serves(self) -> None:
-        """Check that both servers answer a new caller. Its requests are numbered like all others."""
+        """Check that all servers answer a new caller. Its requests are numbered like all others."""
         for name, port in self._ports.items():
             target = Target(MODELS[name], f"127.0.0.1:{port}")
             last = Child(

@@ -8,12 +8,25 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from grpc_batcher import BindError, MukoeBatcher, create_batcher
+from grpc_batcher import Batch, BindError, MukoeBatcher, create_batcher
 
+import numpy as np
 from child import Faults, obey
-from traffic import MAX_MESSAGE_BYTES, REFUSED, AskedForError, Kind, answer_to, name_of, read_request, step_of
+from traffic import (
+    ARRAYS,
+    MAX_MESSAGE_BYTES,
+    REFUSED,
+    AskedForError,
+    Kind,
+    answer_to,
+    from_rows,
+    name_of,
+    read_request,
+    step_of,
+)
 
 BATCH_SIZE = 8
+BATCH_ROWS = 32
 WINDOW_S = 0.002
 MAX_CALLBACK_S = 0.003
 
@@ -52,10 +65,32 @@ class Callback:
         ]
 
 
+class ArrayCallback(Callback):
+    """The same for the server of arrays, which keeps some of its input to see whether it changes."""
+
+    def __init__(self, seen: Connection, faults: Faults, seed: str) -> None:
+        super().__init__(seen, faults, seed)
+        self._kept: tuple[Any, Any] | None = None
+
+    def __call__(self, batch: Batch) -> Any:  # type: ignore[override]
+        if self._kept is not None and not np.array_equal(*self._kept):
+            self._faults.report("an array that the callback kept has changed")
+        self._kept = (batch["piece"], batch["piece"].copy()) if self._chance.random() < 0.1 else None
+        sent = list(from_rows(batch, batch.count))
+        numbers = np.zeros(batch.size, np.uint64)
+        results = super().__call__([payload for _first, payload in sent])
+        for (first, payload), result in zip(sent, results, strict=True):
+            if isinstance(result, Exception):
+                batch.fail(first, result)
+            numbers[first:] = read_request(payload).number
+        return {**batch, "number": numbers}
+
+
 def serve(pipe: Connection, seen: Connection, model: str, port: int, seed: str) -> None:
     """The process. It serves until it is told to stop. port: 0 for any free one."""
     faults = Faults()
-    batcher = _start(model, port, Callback(seen, faults, seed))
+    callback = ArrayCallback if model == "arrays" else Callback
+    batcher = _start(model, port, callback(seen, faults, seed))
 
     def sample() -> dict[str, Any]:
         metrics = batcher.metrics()
@@ -78,12 +113,15 @@ def _start(model: str, port: int, callback: Callback) -> MukoeBatcher:
     for attempt in range(_BIND_ATTEMPTS):
         batcher = create_batcher(
             model,
-            BATCH_SIZE,
+            BATCH_ROWS if model == "arrays" else BATCH_SIZE,
             WINDOW_S,
             port,
             batch_process_fn=callback,
             host="127.0.0.1",
             max_message_bytes=MAX_MESSAGE_BYTES,
+            **(
+                {"arrays": ARRAYS, "batch_sizes": (1, 4, 16, BATCH_ROWS), "warm_up": False} if model == "arrays" else {}
+            ),
         )
         try:
             batcher.start()

@@ -6,14 +6,19 @@ the caller's process, the lower half counts its requests: no two requests of a r
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import struct
 import zlib
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from grpc_batcher import Array
+
 import grpc
+import numpy as np
 
 MIN_BYTES = 64
 MAX_BYTES = 1 << 20
@@ -21,6 +26,10 @@ MAX_BYTES = 1 << 20
 # The servers accept the largest request with its framing, but not the one that is meant to be too large.
 MAX_MESSAGE_BYTES = MAX_BYTES + 1024
 TOO_LARGE_BYTES = MAX_BYTES + (64 << 10)
+
+# For the server of arrays, a payload is as many rows as it needs.
+ROW_BYTES = 1 << 16
+ARRAYS = {"piece": Array((ROW_BYTES,), "uint8"), "piece_bytes": Array((), "int64"), "is_first": Array((), "bool")}
 
 COUNT_BITS = 32
 INT31 = 2**31 - 1
@@ -112,6 +121,27 @@ def step_of(number: int) -> int:
 
 def answer_to(number: int, payload: bytes) -> tuple[dict[str, bytes], int]:
     return {"number": number.to_bytes(8, "little"), "payload": payload}, step_of(number)
+
+
+def to_rows(payload: bytes) -> dict[str, Any]:
+    """Return a payload as the arrays of a request."""
+    rows = -(-len(payload) // ROW_BYTES)
+    pieces_bytes = np.full(rows, ROW_BYTES)
+    pieces_bytes[-1] = len(payload) - (rows - 1) * ROW_BYTES
+    padded = payload.ljust(rows * ROW_BYTES, b"\0")
+    return {
+        "piece": np.frombuffer(padded, np.uint8).reshape(rows, ROW_BYTES),
+        "piece_bytes": pieces_bytes,
+        "is_first": np.arange(rows) == 0,
+    }
+
+
+def from_rows(arrays: Any, count: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the first row and the payload of each request in the first `count` rows."""
+    firsts = [*np.flatnonzero(arrays["is_first"][:count]).tolist(), count]
+    for first, end in itertools.pairwise(firsts):
+        rows = range(first, end)
+        yield first, b"".join(arrays["piece"][row, : arrays["piece_bytes"][row]].tobytes() for row in rows)
 
 
 def what_is_wrong(answer: tuple[dict[str, Any], int], number: int, payload: bytes) -> str | None:

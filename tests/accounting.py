@@ -6,6 +6,7 @@ sees. In the end, `Ledger.account` compares everything with what the library pro
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import multiprocessing
 import os
@@ -14,15 +15,17 @@ import time
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpc_batcher import MukoeBatcherClient, RequestError, create_batcher
+from grpc_batcher import Array, AsyncMukoeBatcherClient, Batch, MukoeBatcherClient, RequestError, create_batcher
 
+import numpy as np
 from serving import eventually, in_background
 
 # GRPC_BATCHER_TRIALS=20 in the environment makes the random trials twenty times as long.
@@ -192,6 +195,119 @@ def _proof_for(data: bytes) -> tuple[dict[str, bytes], int]:
     return {"name": name_in(data).encode(), "digest": hashlib.sha256(data).digest()}, zlib.crc32(data) & 0x7FFFFFFF
 
 
+# ---- ways to send ----
+
+
+class FuturesClient(MukoeBatcherClient):
+    """Sends each request with `submit`, and waits for its future."""
+
+    def send_request(self, *arguments: Any, **named: Any) -> Any:
+        return self.submit(*arguments, **named).result()
+
+
+class AsyncioClient:
+    """Sends each request as a task of a loop, which runs on a thread of its own."""
+
+    def __init__(self, address: str) -> None:
+        self._client = AsyncMukoeBatcherClient(address)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def send_request(self, *arguments: Any, **named: Any) -> Any:
+        return self._run(self._client.send_request(*arguments, **named))
+
+    def close(self) -> None:
+        if not self._loop.is_closed():
+            self._run(self._close())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def __enter__(self) -> AsyncioClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _close(self) -> None:
+        await self._client.close()
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)  # type: ignore[arg-type]
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+
+WAYS: dict[str, Callable[[str], Any]] = {
+    "blocking": MukoeBatcherClient,
+    "futures": FuturesClient,
+    "asyncio": AsyncioClient,
+}
+
+
+# ---- the same with arrays ----
+
+_ROW_BYTES = 1024
+_MAX_NAME_BYTES = 64
+ARRAY_OPTIONS = {
+    "model": "arrays",
+    "arrays": {"payload": Array((_ROW_BYTES,), "uint8"), "size_bytes": Array((), "int64")},
+    "batch_sizes": (1, 4, 8),
+}
+
+
+class ArrayClient:
+    """Sends bytes in arrays to a batcher with ARRAY_OPTIONS, as a client of bytes would, and gets bytes back."""
+
+    def __init__(self, address: str) -> None:
+        self._client = MukoeBatcherClient(address, arrays=True)
+
+    def send_request(self, data: bytes, *, timeout_s: float | None = None) -> tuple[dict[str, bytes], int]:
+        payload = np.frombuffer(data.ljust(_ROW_BYTES, b"\0"), np.uint8)
+        answer, _ = self._client.send_request(payload=payload, size_bytes=np.int64(len(data)), timeout_s=timeout_s)
+        dictionary = {"name": answer["name"].tobytes().rstrip(b"\0"), "digest": answer["digest"].tobytes()}
+        return dictionary, int(answer["step"])
+
+    def close(self) -> None:
+        self._client.close()
+
+    def __enter__(self) -> ArrayClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def with_arrays(callback: Callable[[list[bytes]], Any]) -> Callable[[Batch], dict[str, Any]]:
+    """Return the callback for such a batcher that does what this one does with bytes."""
+
+    def infer(batch: Batch) -> dict[str, Any]:
+        sent = list(zip(batch["payload"], batch["size_bytes"], strict=True))[: batch.count]
+        answers = callback([payload[:size_bytes].tobytes() for payload, size_bytes in sent])
+        names = [list(answer["name"].ljust(_MAX_NAME_BYTES, b"\0")) for answer, _step in answers]
+        digests = [list(answer["digest"]) for answer, _step in answers]
+        return {
+            "name": np.array(names, np.uint8),
+            "digest": np.array(digests, np.uint8),
+            "step": [step for _answer, step in answers],
+        }
+
+    return infer
+
+
+class Kind(NamedTuple):
+    """How a trial's requests travel: as bytes, or in arrays."""
+
+    callback: Callable[[Callable[[list[bytes]], Any]], Callable[[Any], Any]]
+    client: Callable[[str], Any]
+    options: dict[str, Any]
+
+
+# Every way in which bytes are sent, and arrays.
+KINDS = {way: Kind(lambda callback: callback, client, {}) for way, client in WAYS.items()}
+KINDS["arrays"] = Kind(with_arrays, ArrayClient, ARRAY_OPTIONS)
+
+
 # ---- processes ----
 
 # Each process is forked from one that has imported the library but never used it, which takes about 10 ms.
@@ -199,16 +315,27 @@ _forkserver = multiprocessing.get_context("forkserver")
 _forkserver.set_forkserver_preload(["pytest", "accounting"])
 
 
+def _ensure_forkserver() -> None:
+    """The fork server imports from the folder it is started in, and is silent about modules that it does not find."""
+    folder = os.getcwd()
+    os.chdir(Path(__file__).parent)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(folder)
+
+
 def start_process(function: Callable[..., None], *arguments: Any) -> BaseProcess:
     """Run a module's function in its own process, which ends with this one at the latest."""
+    _ensure_forkserver()
     process = _forkserver.Process(target=function, args=arguments, daemon=True)
     process.start()
     return process
 
 
-def ask_until_killed(ledger: Ledger, address: str, caller: str, extra_bytes: int = 0) -> None:
+def ask_until_killed(ledger: Ledger, address: str, caller: str, extra_bytes: int = 0, way: str = "blocking") -> None:
     """Run a caller, in its own process."""
-    with MukoeBatcherClient(address) as client:
+    with WAYS[way](address) as client:
         ledger.keep_asking(client, caller, lambda: False, extra_bytes=extra_bytes, thinking_s=_THINKING_S)
 
 

@@ -64,9 +64,11 @@ def rows_of(tickets: Sequence[Ticket]) -> int:
 
 
 class Stream:
-    def __init__(self, room: WaitingRoom, owner: Any) -> None:
+    def __init__(self, room: WaitingRoom, owner: Any, pooled: bool) -> None:
         self.room = room
         self.owner = owner
+        self.pooled = pooled
+        self.was_absent = False  # since its last answer, a batch has waited a whole window for it
         self.is_open = True
         self.answered_ns: int | None = None
 
@@ -107,7 +109,9 @@ class Stream:
             ticket.state = LEFT
 
     def was_answered_recently(self) -> bool:
-        return self.answered_ns is not None and self.room.clock.now_ns - self.answered_ns < SECOND_NS
+        if self.answered_ns is None or self.was_absent:
+            return False
+        return self.room.clock.now_ns - self.answered_ns < SECOND_NS
 
 
 class WaitingRoom:
@@ -136,12 +140,13 @@ class WaitingRoom:
         self.leave_early = leave_early
         self.clock = clock
         self.closed = False
+        self.nudged = False
         self.streams: list[Stream] = []
         self.accepted: list[Ticket] = []
         self.taken_batches: list[tuple[str, list[Ticket]]] = []
 
-    def open_stream(self, owner: Any = None) -> Stream:
-        stream = Stream(self, owner)
+    def open_stream(self, owner: Any = None, *, pooled: bool = False) -> Stream:
+        stream = Stream(self, owner, pooled)
         self.streams.append(stream)
         return stream
 
@@ -162,11 +167,28 @@ class WaitingRoom:
         reason = self.reason()
         if reason is None:
             return None
+        if reason == "timeout":
+            for stream in self.streams:
+                if stream.answered_ns is not None and stream.answered_ns <= batch[0].pushed_ns:
+                    stream.was_absent |= stream.pooled and not self.unfinished_of(stream)
         for ticket in batch:
             ticket.state = TAKEN
             ticket.taken_ns = self.clock.now_ns
         self.taken_batches.append((reason, batch))
         return reason, list(batch)
+
+    def nudge(self) -> None:
+        self.nudged = True
+
+    def take_batch(self) -> tuple[str, list[Ticket]] | None:
+        """Only for cases in which the core's `take_batch` returns at once."""
+        if (taken := self.poll_batch()) is not None:
+            return taken
+        if self.closed and not self.queue():
+            return None
+        assert self.nudged, "the core would block here"
+        self.nudged = False
+        return "nudge", []
 
     def is_due(self) -> bool:
         return self.reason() is not None
@@ -181,6 +203,7 @@ class WaitingRoom:
                 ticket.state = FINISHED
                 ticket.outcome = outcome
                 ticket.stream.answered_ns = self.clock.now_ns
+                ticket.stream.was_absent = False
 
     def close(self) -> None:
         self.closed = True

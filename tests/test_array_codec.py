@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from grpc_batcher import _arrays
-from grpc_batcher._arrays import ArrayError, ArrayRequest, Field, RequestReader
+from grpc_batcher._arrays import Arena, ArrayError, ArrayRequest, Field, RequestReader
 from grpc_batcher._proto.mukoe_batcher_pb2 import (
     Arrays,
     Dynamics,
@@ -851,6 +851,47 @@ def test_an_answer_that_is_no_array_says_which() -> None:
         _arrays.read_answer(message)
     with pytest.raises(ArrayError, match=r"^the payload is float32 \[2\] with 3 bytes"):
         _arrays.unpack(msgpack.packb(((2,), "float32", b"abc")))
+
+
+# Memory for batches.
+
+
+@pytest.mark.parametrize("size_bytes", [1, 63, 64, 65, 100_000])
+def test_an_arena_is_a_writable_buffer_of_its_size_aligned_for_jax(size_bytes: int) -> None:
+    arena = Arena(size_bytes)
+    assert arena.size_bytes == size_bytes
+    array = np.frombuffer(arena, np.uint8)
+    assert (array.shape, array.flags.writeable) == ((size_bytes,), True)
+    assert array.__array_interface__["data"][0] % 64 == 0
+    array[:] = 7
+    assert bytes(arena) == b"\7" * size_bytes
+
+
+def test_an_arena_is_free_when_the_last_view_of_it_is_gone() -> None:
+    arena = Arena(64)
+    assert arena.is_free
+    array = np.frombuffer(arena, np.float32).reshape(4, 4)
+    views = [array, array[1:], array.view(np.uint8), memoryview(array), memoryview(arena)[3:], np.from_dlpack(array)]
+    del array
+    while views:
+        assert not arena.is_free
+        views.pop(0)
+    assert arena.is_free
+
+
+def test_the_memory_of_an_arena_lives_as_long_as_its_last_view() -> None:
+    view = memoryview(Arena(100_000))
+    view[:] = bytes(range(250)) * 400
+    assert bytes(view) == bytes(range(250)) * 400
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "error"),
+    [(0, ValueError), (-1, ValueError), (2**62, MemoryError), (2**64, OverflowError), ("1", TypeError)],
+)
+def test_an_arena_of_an_impossible_size_is_refused(size_bytes: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        Arena(size_bytes)
 
 
 # The client's requests.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from grpc_batcher._server.metrics import Recorder
+from grpc_batcher._server.standard_services import StandardServices
 
 import grpc
 import pytest
@@ -26,7 +28,7 @@ def failing_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("failing_loop")
-def test_an_error_outside_the_callback_ends_the_server_for_all_to_see(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_outside_the_callback_ends_the_server_visibly(caplog: pytest.LogCaptureFixture) -> None:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     with (
@@ -79,6 +81,27 @@ def test_serve_forever_raises_when_the_batch_thread_fails(tmp_path: Path) -> Non
         "UNAVAILABLE",
         "the batch thread failed, and the server ended: MemoryError: no memory left for the batch",
     ]
+
+
+@pytest.mark.usefixtures("failing_loop")
+def test_a_health_service_that_fails_does_not_keep_a_failed_server_from_stopping(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_arguments: Any) -> None:
+        raise MemoryError("no memory left for the status")
+
+    def refuses_connections() -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", batcher.port)).close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    with serving(batch_size=1, health=True) as batcher, connect(batcher) as client:
+        monkeypatch.setattr(StandardServices, "say_serving", fail)
+        assert error_of(client.send_request, b"hi").code() is grpc.StatusCode.UNAVAILABLE
+        eventually(refuses_connections)
+        eventually(lambda: "has ended" in caplog.text)
 
 
 class RaisingHandler(logging.Handler):

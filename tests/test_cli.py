@@ -27,6 +27,7 @@ from grpc_batcher._cli.report import Point, knee
 
 import click
 import grpc
+import numpy as np
 import pytest
 import trustme
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -44,10 +45,13 @@ from serving import (
 
 SERVE = ("--batch-size", "4", "--batch-timeout-s", "0", "--host", "127.0.0.1", "--port", "0")
 REPR = ("functions:echo", "--model", "repr", *SERVE)
+ARRAYS = ("functions:double", "--model", "repr", *SERVE)
 QUICK = ("--duration-s", "0.2", "--warm-up-s", "0.1")
 
 FUNCTIONS = """
 import pathlib, time
+
+import grpc_batcher
 
 import grpc
 
@@ -67,6 +71,27 @@ def hold(requests):
     while not pathlib.Path("released").exists():
         time.sleep(0.002)
     return echo(requests)
+
+
+@grpc_batcher.arrays(data=grpc_batcher.Array((2,), "uint8"))
+def double(batch):
+    print("a batch of", batch.size, flush=True)
+    return {"result": 2 * batch["data"]}, 5
+
+
+@grpc_batcher.arrays(image=grpc_batcher.Array((2,), "uint8"), state=grpc_batcher.Array((), "float32"))
+def named(batch):
+    return dict(batch)
+
+
+@grpc_batcher.arrays(data=grpc_batcher.Array((2,), "uint8"))
+def fails(batch):
+    raise RuntimeError("no\\ndevice")
+
+
+@grpc_batcher.arrays(data=grpc_batcher.Array((2,), "uint8"))
+def returns_nothing(batch):
+    pass
 
 
 class Token(grpc.ServerInterceptor):
@@ -259,6 +284,20 @@ ERRORS = [
     (["serve", *REPR, "--batch-size", "0"], "--batch-size is 0; it must be an int from 1"),
     (["serve", *REPR, "--max-queue-size", "3"], "--max-queue-size is 3; it must be at least batch_size (4)"),
     (["serve", *REPR, "--max-queue-bytes", "0"], "--max-queue-bytes is 0; it must be an int from 1"),
+    (["serve", *REPR, "--warm-up"], "--warm-up is True; without arrays it must be a list of requests"),
+    (["serve", *REPR, "--batch-sizes", "1,4"], "--batch-sizes is [1, 4], but without arrays nothing is padded"),
+    (["serve", *ARRAYS, "--batch-sizes", "1,few"], "'1,few' is not a list of numbers such as 1,4,16"),
+    (["serve", *ARRAYS, "--batch-sizes", "1,2"], "--batch-sizes is (1, 2); it must be ints from 1 to batch_size (4)"),
+    (["serve", "functions:echo", "--model", "arrays", *SERVE], "--model is 'arrays', which needs arrays"),
+    (["serve", "functions:named", "--model", "repr", *SERVE], "the only name is 'data'"),
+    (
+        ["serve", "functions:fails", *ARRAYS[1:], "--warm-up"],
+        "cannot start: RuntimeError: no device (--log-level debug shows where)",
+    ),
+    (
+        ["serve", "functions:returns_nothing", *ARRAYS[1:], "--warm-up"],
+        "the callback cannot be warmed up: it must return a mapping from names to arrays",
+    ),
     (["serve", *REPR, "--batch-timeout-s", "nan"], "--batch-timeout-s is nan; it must be a number of seconds"),
     (["serve", *REPR, "--grace-s", "inf"], "'inf' is not a number of seconds from 0 to"),
     (["serve", *REPR, "--host", "nosuch.invalid"], "cannot listen on nosuch.invalid:0"),
@@ -380,6 +419,7 @@ runpy.run_module("grpc_batcher", run_name="__main__", alter_sys=True)
         ("grpc_health", "health", ["serve", *REPR, "--health"]),
         ("grpc_reflection", "reflection", ["serve", *REPR, "--reflection"]),
         ("prometheus_client", "prometheus", ["serve", *REPR, "--metrics-port", "0"]),
+        ("numpy", "arrays", ["serve", *ARRAYS]),
         ("matplotlib", "bench", ["bench", "localhost:1", "--picture", "a.png"]),
     ],
 )
@@ -417,6 +457,42 @@ def test_serve_serves_dyna_on_a_unix_socket(folder: Path) -> None:
     with command_serving(folder, *arguments) as (_, address), MukoeBatcherClient(address) as client:
         assert address == f"unix:{folder}/socket"
         assert client.send_request(b"hi", 3) == ({"result": b"hi"}, 3)
+
+
+def test_serve_serves_a_function_that_declares_its_arrays(folder: Path) -> None:
+    with (
+        command_serving(folder, *ARRAYS, "--batch-sizes", "2,4") as (program, address),
+        MukoeBatcherClient(address, arrays=True) as client,
+    ):
+        answer, step = client.send_request(np.array([1, 2], np.uint8))
+        assert (answer["result"].tolist(), step) == ([2, 4], 5)
+        assert program.read_line() == "a batch of 2"
+
+
+def test_serve_serves_named_arrays(folder: Path) -> None:
+    with (
+        command_serving(folder, "functions:named", "--model", "arrays", *SERVE) as (_, address),
+        MukoeBatcherClient(address, arrays=True) as client,
+    ):
+        answer, _ = client.send_request(image=np.array([1, 2], np.uint8), state=np.float32(0.5))
+        assert (answer["image"].tolist(), answer["state"].tolist()) == ([1, 2], 0.5)
+
+
+def test_serve_warms_up_before_it_says_that_it_serves(folder: Path) -> None:
+    with start(folder, "serve", *ARRAYS, "--batch-sizes", "4,1", "--warm-up") as program:
+        assert [program.read_line() for _ in range(2)] == ["a batch of 1", "a batch of 4"]
+        assert program.read_line().startswith("serving 'repr' on ")
+        program.send_signal(signal.SIGTERM)
+        status, _, errors = finish_program(program)
+    assert status == 0
+    assert re.findall(r"INFO grpc_batcher: warmed up with (\d) rows in [\d.]+ s", errors) == ["1", "4"]
+
+
+def test_log_level_debug_shows_where_a_warm_up_failed(folder: Path) -> None:
+    arguments = ("serve", "functions:fails", *ARRAYS[1:], "--warm-up", "--log-level", "debug")
+    status, _, errors = run(folder, *arguments)
+    assert status == 2
+    assert re.search(r'functions\.py", line \d+, in fails', errors)
 
 
 def test_options_may_come_from_the_environment_and_the_command_line_wins(folder: Path) -> None:

@@ -229,8 +229,8 @@ def test_the_time_limit_of_one_request_does_not_affect_another_of_the_same_clien
 def test_a_time_limit_holds_if_the_server_never_answers() -> None:
     def read_and_never_answer(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         over = threading.Event()
-        context.add_callback(over.set)
-        over.wait()
+        if context.add_callback(over.set):  # False: on a slow machine the time limit passes before this is reached
+            over.wait()
         yield from ()
 
     with plain_server(read_and_never_answer) as address, MukoeBatcherClient(address) as client:

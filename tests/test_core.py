@@ -314,6 +314,54 @@ def test_everyone_is_in_once_the_only_first_timer_expires(open_room: OpenRoom, c
     assert requests_of(room.poll_batch()) == ("everyone_in", ["again"])
 
 
+def test_a_pooled_stream_counts_until_a_batch_has_waited_a_whole_window_for_it(
+    open_room: OpenRoom, clock: ManualClock
+) -> None:
+    room = open_room()
+    streams = [room.open_stream(pooled=True) for _ in range(3)]
+    for stream in streams:
+        stream.push("first")
+    clock.now_ns += WINDOW_NS
+    answer(room, room.poll_batch()[1])
+    streams[0].push("waits for the others")
+    assert room.poll_batch() is None
+    clock.now_ns += WINDOW_NS
+    taken = room.poll_batch()
+    assert requests_of(taken) == ("timeout", ["waits for the others"])
+    answer(room, taken[1])
+    streams[0].push("expects nobody")
+    taken = room.poll_batch()
+    assert requests_of(taken) == ("everyone_in", ["expects nobody"])
+    answer(room, taken[1])
+    streams[1].push("back")
+    assert room.poll_batch() is None
+    streams[0].push("expected")
+    taken = room.poll_batch()
+    assert requests_of(taken) == ("everyone_in", ["back", "expected"])
+    answer(room, taken[1])
+    streams[0].push("waits for who came back")
+    assert room.poll_batch() is None
+
+
+def test_a_pooled_stream_that_was_answered_during_the_window_still_counts(
+    open_room: OpenRoom, clock: ManualClock
+) -> None:
+    room = open_room()
+    streams = [room.open_stream(pooled=True) for _ in range(2)]
+    streams[0].push("first")
+    clock.now_ns += WINDOW_NS
+    _, taken = room.poll_batch()
+    streams[1].push("second")
+    clock.now_ns += 1
+    answer(room, taken)
+    clock.now_ns += WINDOW_NS - 1
+    taken = room.poll_batch()
+    assert requests_of(taken) == ("timeout", ["second"])
+    answer(room, taken[1])
+    streams[1].push("third")
+    assert room.poll_batch() is None
+
+
 def test_everyone_in_counts_before_timeout_and_drain(open_room: OpenRoom, clock: ManualClock) -> None:
     room = open_room()
     (stream,) = answered_streams(room, clock, 1)

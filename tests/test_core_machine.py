@@ -28,7 +28,7 @@ STEPS = (
     *("take", "answer_all") * 2,
     *("let_time_pass", "let_time_pass_until_something_could_happen"),
     *("close_stream_that_waits", "close_stream", "push_on_any_stream"),
-    *("answer_some", "wait_where_it_does_not_block", "end"),
+    *("answer_some", "wait_where_it_does_not_block", "nudge_and_take", "end"),
 )
 
 
@@ -99,7 +99,7 @@ class CoreBesideModel(RuleBasedStateMachine):
         self.outcomes = 0
         self.popped_before = 0
         for number in range(callers):
-            self.open_stream(number)
+            self.open_stream(number, pooled=number % 2 == 0)
             self.push(self.streams[-1], None, 0, 1)
             self.clock.now_ns += window_ns
             self.take()
@@ -113,8 +113,8 @@ class CoreBesideModel(RuleBasedStateMachine):
 
     # ---- callers ----
 
-    def open_stream(self, owner: object) -> None:
-        self.streams.append(Pair(self.room.core.open_stream(owner), self.room.model.open_stream(owner)))
+    def open_stream(self, owner: object, *, pooled: bool) -> None:
+        self.streams.append(Pair(*(room.open_stream(owner, pooled=pooled) for room in self.room)))
 
     def push(self, stream: Pair, deadline_in_ns: int | None, size_bytes: int, rows: int) -> None:
         self.requests += 1
@@ -136,7 +136,7 @@ class CoreBesideModel(RuleBasedStateMachine):
         self.push(stream, data.draw(DEADLINES_NS), data.draw(SIZES_BYTES), data.draw(self.rows))
 
     def push_on_a_new_stream(self, data: st.DataObject) -> None:
-        self.open_stream(data.draw(st.integers()))
+        self.open_stream(data.draw(st.integers()), pooled=data.draw(st.booleans()))
         self.push_drawn(self.streams[-1], data)
 
     def push_on_idle_streams(self, data: st.DataObject) -> None:
@@ -164,7 +164,15 @@ class CoreBesideModel(RuleBasedStateMachine):
     # ---- the taker ----
 
     def take(self, data: st.DataObject | None = None) -> None:
-        core, model = self.room.core.poll_batch(), self.room.model.poll_batch()
+        self.compare_batches(self.room.core.poll_batch(), self.room.model.poll_batch())
+
+    def nudge_and_take(self, data: st.DataObject) -> None:
+        """After a nudge, or several, `take_batch` does not block. A nudge that found a batch is still there later."""
+        for _ in range(data.draw(st.integers(0 if self.room.model.nudged else 1, 2))):
+            both(lambda room: room.nudge(), self.room)
+        self.compare_batches(self.room.core.take_batch(), self.room.model.take_batch())
+
+    def compare_batches(self, core: Any, model: Any) -> None:
         assert (core is None) == (model is None)
         if core is not None:
             batch = [Pair(*tickets) for tickets in zip(core[1], model[1], strict=True)]

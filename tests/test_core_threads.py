@@ -521,6 +521,72 @@ def test_the_taker_of_an_empty_room_wakes_when_the_room_ends(
     assert taken.result() is None
 
 
+def test_a_taker_of_an_empty_room_wakes_when_it_is_nudged(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+    room = open_room(window_ns=HOUR_NS)
+    for _ in range(3):
+        taken = take_in_sleep(threads, room)
+        room.nudge()
+        assert taken.result() == ("nudge", [])
+
+
+def test_a_nudged_taker_leaves_what_waits_for_its_window(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
+    room = open_room(batch_size=2, window_ns=HOUR_NS)
+    ticket = room.open_stream().push("first")
+    taken = take_in_sleep(threads, room)
+    room.nudge()
+    assert taken.result() == ("nudge", [])
+    assert room.waiting == 1
+    room.open_stream().push("second")
+    assert requests_of(room.take_batch()) == ("full", ["first", "second"])
+    assert ticket.state == TAKEN
+
+
+def test_nudges_before_take_batch_count_as_one_and_let_a_batch_that_is_due_go_first(
+    threads: ThreadPoolExecutor, open_room: OpenRoom
+) -> None:
+    room = open_room(batch_size=1)
+    room.nudge()
+    room.nudge()
+    room.open_stream().push("due")
+    assert requests_of(room.take_batch()) == ("full", ["due"])
+    assert room.take_batch() == ("nudge", [])
+    taken = take_in_sleep(threads, room)
+    room.close()
+    assert taken.result() is None
+
+
+def test_a_nudge_does_not_hide_that_the_room_is_closed_and_empty(open_room: OpenRoom) -> None:
+    room = open_room()
+    room.close()
+    room.nudge()
+    assert room.take_batch() is None
+
+
+def test_nothing_is_lost_and_everyone_is_answered_while_the_taker_is_nudged_all_the_time(
+    threads: ThreadPoolExecutor, open_room: OpenRoom
+) -> None:
+    room = open_room(batch_size=3, window_ns=MS_NS)
+    over = threading.Event()
+
+    def nudge() -> None:
+        while not over.is_set():
+            room.nudge()
+
+    taker = threads.submit(serve, room)
+    nudging = [threads.submit(nudge) for _ in range(2)]
+    callers = [threads.submit(call, room, name, 100) for name in range(6)]
+    for caller in callers:
+        for ticket in caller.result():
+            assert (ticket.state, ticket.outcome) == (FINISHED, answer_to(ticket.request))
+    room.close()
+    batches = taker.result()
+    over.set()
+    for each in nudging:
+        each.result()
+    assert sum(len(tickets) for _reason, tickets in batches) == 600
+    assert "nudge" in {reason for reason, _tickets in batches}
+
+
 def test_a_taker_wakes_when_the_room_is_abandoned(threads: ThreadPoolExecutor, open_room: OpenRoom) -> None:
     room = open_room(window_ns=HOUR_NS)
     room.open_stream().push("a")

@@ -44,13 +44,13 @@ CLIENT = (
 
 
 @pytest.mark.parametrize("attempt", range(3))
-def test_a_program_that_serves_and_asks_ends_without_a_word(attempt: int, tmp_path: Path) -> None:
+def test_a_program_that_serves_and_calls_ends_silently(attempt: int, tmp_path: Path) -> None:
     with start_program(tmp_path, SERVE + "    port = batcher.port\n" + SEND) as program:
         assert finish_program(program) == (0, "", "")
 
 
 @pytest.mark.parametrize("attempt", range(3))
-def test_callers_hear_nothing_on_stderr_when_their_servers_program_ends(attempt: int, tmp_path: Path) -> None:
+def test_callers_print_nothing_when_their_servers_program_ends(attempt: int, tmp_path: Path) -> None:
     """gRPC prints "Got goaway ... Cancelling all calls" for callers of a server that does not let connections go."""
     (tmp_path / "client").mkdir()
     with (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,8 +78,10 @@ def test_imports_are_found() -> None:
     assert "grpc_batcher._server.service.Service" in set(imports_of(PACKAGE / "_server" / "session.py"))
 
 
-@pytest.mark.parametrize("file", ["direct_server.py", "direct_client.py", "public.py", "choice.py", "interface.py"])
-def test_grpcios_private_attributes_are_used_in_one_file(file: str) -> None:
+@pytest.mark.parametrize(
+    "file", ["direct_server.py", "direct_client.py", "direct_pooled.py", "public.py", "choice.py", "interface.py"]
+)
+def test_no_other_file_uses_private_attributes_of_grpcios_objects(file: str) -> None:
     tree = tree_of(PACKAGE / "_transport" / file)
     private = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr.startswith("_")]
     owners = {ast.unparse(node.value) for node in private if not node.attr.startswith("__")}
@@ -88,6 +91,18 @@ def test_grpcios_private_attributes_are_used_in_one_file(file: str) -> None:
 def test_every_part_is_known() -> None:
     parts = {part_of(file) for file in files()}
     assert parts == set(FORBIDDEN) | {"__init__", "__main__", "_cli", "_version"}
+
+
+def test_no_two_classes_share_a_name() -> None:
+    classes = [
+        node.name
+        for file in files()
+        if file.suffix == ".py"
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert len(classes) > 40
+    assert {name: count for name, count in Counter(classes).items() if count > 1} == {}
 
 
 def private_names_of_grpcio(file: Path) -> set[str]:
@@ -101,7 +116,7 @@ def private_names_of_grpcio(file: Path) -> set[str]:
     return names
 
 
-def test_grpcios_private_names_stand_in_one_file() -> None:
+def test_only_one_file_uses_grpcios_private_names() -> None:
     users = {file.relative_to(PACKAGE).as_posix() for file in files() if private_names_of_grpcio(file)}
     assert users == {"_transport/grpcio_private.py"}
 

@@ -150,6 +150,14 @@ def use():
     raises(TypeError, _arrays.encode_answers, [request, None], arrays, -1)
     raises(OverflowError, _arrays.encode_answers, [request], arrays, 2**31)
     raises(OverflowError, _arrays.encode_answers, [request], [*arrays, ("x", buffer, (2**40, 2**40), DTYPE)], 0)
+    arena = _arrays.Arena(2 * len(PAYLOAD))
+    assert _arrays.gather([request], 0, arena, 2) == 1
+    view = memoryview(arena)[1:]
+    assert not arena.is_free
+    del view
+    assert arena.is_free
+    raises(ValueError, _arrays.gather, [request], 0, arena, 1)
+    raises(ValueError, _arrays.Arena, 0)
     assert len(_arrays.read_answer(ANSWER)[0]) == 2
     assert _arrays.read_answer(ANSWER[:-1] + b"\\x80") is None
     assert _arrays.unpack(PACKED)[3] == len(PAYLOAD)

@@ -155,6 +155,9 @@ MISSING_ON_THE_SERVER = [
 MISSING_IN_THE_CLIENT = [
     ("cygrpc", "Channel"),
     ("cygrpc", "Channel.segregated_call"),
+    ("cygrpc", "IntegratedCall"),
+    ("cygrpc", "IntegratedCall.cancel"),
+    ("cygrpc", "IntegratedCall.operate"),
     ("cygrpc", "PropagationConstants"),
     ("cygrpc", "PropagationConstants.GRPC_PROPAGATE_DEFAULTS"),
     ("cygrpc", "SegregatedCall"),
@@ -167,6 +170,7 @@ MISSING_IN_THE_CLIENT = [
     ("cygrpc", "StatusCode"),
     ("cygrpc", "StatusCode.cancelled"),
     ("grpc._channel", "Channel"),
+    ("grpc._channel", "_channel_managed_call_management"),
 ]
 MISSING_ON_BOTH = [
     ("cygrpc", "SendMessageOperation"),

@@ -15,21 +15,35 @@ from typing import Any
 from grpc_batcher._server.session import Session
 
 import pytest
-from accounting import LENGTH, Ledger, ask_until_killed, asking, name_in, start_process, wait_for_answers
+from accounting import (
+    KINDS,
+    LENGTH,
+    WAYS,
+    Kind,
+    Ledger,
+    ask_until_killed,
+    asking,
+    name_in,
+    start_process,
+    wait_for_answers,
+)
 from serving import Held, address_of, connect, eventually, in_background, open_files, resident_bytes, serving
 
 KILLED_AT_ONCE, KILLED_IN_TOTAL, REQUEST_BYTES = 20, 200 * LENGTH, 200_000
 
 
 @pytest.mark.timeout(300 * LENGTH)
-def test_200_callers_killed_at_random_moments_leave_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["blocking", "futures"])
+def test_200_callers_killed_at_random_moments_leave_nothing_behind(tmp_path: Path, way: str) -> None:
     """A leak of one request, stream, file or thread per caller would show. Other callers get their answers."""
     moments, others = random.Random(1), 4
     ledger, killed = Ledger(tmp_path / "ledger"), set()
 
     def round_of_killing(name: str) -> None:
         names = [f"{name}-{number}" for number in range(KILLED_AT_ONCE)]
-        victims = [start_process(ask_until_killed, ledger, address_of(batcher), each, REQUEST_BYTES) for each in names]
+        victims = [
+            start_process(ask_until_killed, ledger, address_of(batcher), each, REQUEST_BYTES, way) for each in names
+        ]
         eventually(lambda: batcher.metrics().open_streams == others + KILLED_AT_ONCE)
         for victim in victims:
             wait_for_answers(ledger, moments.randrange(3))
@@ -68,9 +82,8 @@ def test_200_callers_killed_at_random_moments_leave_nothing_behind(tmp_path: Pat
     eventually(lambda: batcher.metrics().open_streams == 0)
 
 
-def test_requests_of_callers_that_leave_while_waiting_never_reach_the_callback(
-    tmp_path: Path,
-) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_requests_of_callers_that_leave_while_waiting_never_reach_the_callback(tmp_path: Path, way: str) -> None:
     """Half of them run out of time, the others have their client closed. Those that stay are answered."""
     ledger, each_kind = Ledger(tmp_path / "ledger"), 12
 
@@ -95,8 +108,8 @@ def test_requests_of_callers_that_leave_while_waiting_never_reach_the_callback(
         with (
             Held(ledger.callback) as held,
             serving(held, batch_size=5, batch_timeout_s=0.001) as batcher,
-            connect(batcher) as client,
-            connect(batcher) as leaver,
+            WAYS[way](address_of(batcher)) as client,
+            WAYS[way](address_of(batcher)) as leaver,
         ):
             round_of_leaving(f"{number}")
     account = ledger.account(failures={"DEADLINE_EXCEEDED", "CANCELLED"})
@@ -104,7 +117,8 @@ def test_requests_of_callers_that_leave_while_waiting_never_reach_the_callback(
     assert set(account.failed.values()) == {"DEADLINE_EXCEEDED", "CANCELLED"}
 
 
-def test_time_limits_that_pass_at_any_moment_do_not_affect_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_time_limits_that_pass_at_any_moment_do_not_affect_others(kind: Kind, tmp_path: Path) -> None:
     """The limits are about as long as an answer takes, so they pass on the way, in the queue and in the callback."""
     ledger = Ledger(tmp_path / "ledger")
 
@@ -114,9 +128,9 @@ def test_time_limits_that_pass_at_any_moment_do_not_affect_others(tmp_path: Path
             ledger.ask(client, f"hurries-{caller}/{number}", timeout_s=limits.uniform(1e-4, 8e-3))
 
     with (
-        serving(ledger.callback, batch_timeout_s=0.002) as batcher,
-        connect(batcher) as client,
-        connect(batcher) as other_client,
+        serving(kind.callback(ledger.callback), batch_timeout_s=0.002, **kind.options) as batcher,
+        kind.client(address_of(batcher)) as client,
+        kind.client(address_of(batcher)) as other_client,
         asking(ledger, "other", [other_client] * 4),
     ):
         for caller in [in_background(hurry, caller) for caller in range(4)]:

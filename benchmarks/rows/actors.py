@@ -13,7 +13,7 @@ TITLE = "16 processes with one caller each"
 PROCESSES = 16
 SIZES = (64, 110_592)
 
-# So many processes take a while to get the CPU.
+# Sixteen processes take a while to get the CPU.
 _SETTLE_S = 0.1
 
 

@@ -7,13 +7,13 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
 
 from answers import answer_to
 from mosec import Server, Worker
+from servers.ports import free_ports
 
 
 class Echo(Worker):
@@ -25,13 +25,6 @@ class Echo(Worker):
 
     def serialize(self, data: bytes) -> bytes:
         return data
-
-
-def free_port() -> int:
-    """Return a port for mosec, which cannot choose one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def say_when_ready(port: int) -> None:
@@ -64,7 +57,7 @@ def counts(port: int) -> dict[str, int]:
 
 def main() -> None:
     batch_size, batch_timeout_s = int(sys.argv[1]), float(sys.argv[2])
-    port = free_port()
+    (port,) = free_ports(1)
     sys.argv = [sys.argv[0], "--address", "127.0.0.1", "--port", str(port), "--log-level", "error"]
     server = Server()
     server.append_worker(Echo, max_batch_size=batch_size, max_wait_time=round(batch_timeout_s * 1000))

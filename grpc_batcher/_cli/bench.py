@@ -19,7 +19,7 @@ from .callers import Callers, Question
 from .options import (
     FILE,
     NEW_FILE,
-    Failure,
+    CommandError,
     check_has_port,
     metadata_option,
     seconds,
@@ -115,7 +115,7 @@ def bench(
     check_has_port(address)
     for option, path in (("--json", json), ("--picture", picture)):
         if path is not None and not os.access(path.parent, os.W_OK):
-            raise Failure(f"{option} {path}: the folder {path.parent} does not exist or is not writable")
+            raise CommandError(f"{option} {path}: the folder {path.parent} does not exist or is not writable")
     if picture is not None:
         check_picture(picture)
     question = Question(
@@ -152,20 +152,20 @@ def bench(
         if picture is not None:
             draw(points, f"{address}, {record['model']}, {len(question.payload)} bytes per request", picture)
     except OSError as error:
-        raise Failure(f"cannot write: {error}") from None
+        raise CommandError(f"cannot write: {error}") from None
     return 1 if any(point.errors for point in points) else 0
 
 
 def _ask_once(question: Question) -> str:
-    """Send one request, and return the transport it used. Raises Failure if it gets no answer."""
+    """Send one request, and return the transport it used. Raises CommandError if it gets no answer."""
     try:
         with question.connect() as client:
             question.ask(client)
             return client.transport
     except RequestError as error:
-        raise Failure(unresolved(question.address) or f"{question.address} did not answer: {error}") from None
+        raise CommandError(unresolved(question.address) or f"{question.address} did not answer: {error}") from None
     except (TypeError, ValueError) as error:
-        raise Failure(str(error)) from None
+        raise CommandError(str(error)) from None
 
 
 def _measure(

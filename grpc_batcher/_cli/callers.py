@@ -12,13 +12,13 @@ from types import TracebackType
 
 from .._client.client import MukoeBatcherClient
 from .load import Job, Outcome, Window, run
-from .options import Failure, Security
+from .options import CommandError, Security
 from .workers import Worker, WorkerError, obey, stop_all
 
 # From the command to the first request: the command has to reach all processes.
 _LEAD_S = 0.1
 
-# How often `watch` is called, at the least.
+# `watch` is called at least this often.
 _LOOK_EVERY_S = 0.25
 
 
@@ -80,7 +80,7 @@ class Callers:
         warm_up_s: what comes in these first seconds does not count.
         watch: called now and then with the seconds that have passed, and the answers that count so far.
 
-        Raises Failure if a process is lost.
+        Raises CommandError if a process is lost.
         """
         start_ns = time.monotonic_ns() + int(_LEAD_S * 1e9)
         from_ns = start_ns + int(warm_up_s * 1e9)
@@ -98,7 +98,7 @@ class Callers:
                     assert isinstance(pipe, Connection)
                     said: int | Asked | str = busy[pipe].answer()
                     if isinstance(said, str):
-                        raise Failure(said)
+                        raise CommandError(said)
                     if isinstance(said, int):
                         answers[pipe] = said
                     else:
@@ -125,7 +125,7 @@ def _failure_if_lost() -> Iterator[None]:
     try:
         yield
     except WorkerError as error:
-        raise Failure(str(error)) from None
+        raise CommandError(str(error)) from None
 
 
 def _obey(pipe: Connection, question: Question) -> None:

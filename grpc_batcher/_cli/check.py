@@ -9,7 +9,7 @@ import click
 import grpc
 
 from .options import (
-    Failure,
+    CommandError,
     check_has_port,
     metadata_option,
     seconds_above_0,
@@ -40,7 +40,7 @@ def check(address: str, service: str, timeout_s: float, metadata: tuple[tuple[st
     try:
         from grpc_health.v1 import health_pb2, health_pb2_grpc
     except ImportError:
-        raise Failure('grpcio-health-checking is not installed: pip install "grpc-batcher[health]"') from None
+        raise CommandError('grpcio-health-checking is not installed: pip install "grpc-batcher[health]"') from None
     check_has_port(address)
     secured = security(**tls)
     credentials = secured.credentials()
@@ -57,7 +57,7 @@ def check(address: str, service: str, timeout_s: float, metadata: tuple[tuple[st
             )
         except grpc.RpcError as error:
             if why := unresolved(address):
-                raise Failure(why) from None
+                raise CommandError(why) from None
             return _not_serving(address, _reason(error, service))
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     if status != "SERVING":

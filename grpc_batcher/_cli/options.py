@@ -25,7 +25,7 @@ NEW_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 _NOT_BY_NAME = re.compile(r"(unix|unix-abstract|ipv4|ipv6|vsock|xds):")
 
 
-class Failure(click.ClickException):
+class CommandError(click.ClickException):
     """The command cannot do what was asked; the message names the value to blame."""
 
     exit_code = 2
@@ -131,7 +131,7 @@ def security_options(command: _Command) -> _Command:
 def security(
     tls: bool, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, tls_server_name: str | None
 ) -> Security:
-    """Read the files named by the options. Raises Failure."""
+    """Read the files named by the options. Raises CommandError."""
     key, certificate = read_pair(tls_cert, tls_key)
     ca = None if tls_ca is None else read_certificates("--tls-ca", tls_ca)
     encrypted = tls or ca is not None or certificate is not None or tls_server_name is not None
@@ -139,16 +139,16 @@ def security(
 
 
 def read_certificates(option: str, path: Path) -> bytes:
-    """Return a file of PEM certificates. gRPC itself is silent about files that do not parse. Raises Failure."""
+    """Return a file of PEM certificates. gRPC itself is silent about files that do not parse. Raises CommandError."""
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
         return path.read_bytes()
     except OSError as error:  # ssl's errors are OSErrors, too
-        raise Failure(f"{option} {path}: it contains no readable PEM certificates: {error}") from None
+        raise CommandError(f"{option} {path}: it contains no readable PEM certificates: {error}") from None
 
 
 def read_pair(certificate: Path | None, key: Path | None) -> tuple[bytes | None, bytes | None]:
-    """Return the private key and the certificate of --tls-cert and --tls-key, or two None. Raises Failure."""
+    """Return the private key and the certificate of --tls-cert and --tls-key, or two None. Raises CommandError."""
     if certificate is None and key is None:
         return None, None
     if certificate is None or key is None:
@@ -160,8 +160,8 @@ def read_pair(certificate: Path | None, key: Path | None) -> tuple[bytes | None,
         return key.read_bytes(), content
     except OSError as error:
         if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
-            raise Failure(f"--tls-key {key}: it does not match --tls-cert {certificate}") from None
-        raise Failure(f"--tls-key {key}: it contains no readable, unencrypted PEM private key: {error}") from None
+            raise CommandError(f"--tls-key {key}: it does not match --tls-cert {certificate}") from None
+        raise CommandError(f"--tls-key {key}: it contains no readable, unencrypted PEM private key: {error}") from None
 
 
 # ---- addresses ----

@@ -10,7 +10,7 @@ from typing import Any
 
 from .._server.metrics import nearest_rank
 from .callers import Asked
-from .options import Failure
+from .options import CommandError
 
 # The knee: the fewest callers that reach this share of the best throughput.
 KNEE_SHARE = 0.9
@@ -106,15 +106,15 @@ def _callers(point: Point) -> str:
 
 
 def check_picture(path: Path) -> None:
-    """Raise Failure, before time is spent on measuring, if no picture could be drawn there."""
+    """Raise CommandError, before time is spent on measuring, if no picture could be drawn there."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # or it reports on its font cache
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise Failure('--picture needs matplotlib: pip install "grpc-batcher[bench]"') from None
+        raise CommandError('--picture needs matplotlib: pip install "grpc-batcher[bench]"') from None
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
-        raise Failure(
+        raise CommandError(
             f"--picture {path}: its name must end with one of {', '.join('.' + each for each in sorted(known))}"
         )
 

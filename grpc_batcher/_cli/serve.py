@@ -24,7 +24,7 @@ from .._errors import BatcherError
 from .._models import ARRAYS, MODELS
 from .._server.batcher import MukoeBatcher
 from .._server.create import create_batcher
-from .options import FILE, Failure, read_certificates, read_pair, seconds, seconds_above_0, sizes
+from .options import FILE, CommandError, read_certificates, read_pair, seconds, seconds_above_0, sizes
 
 _logger = logging.getLogger("grpc_batcher")
 
@@ -71,6 +71,12 @@ _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(cr
     default=_DEFAULTS["reflection"],
     help="Serve gRPC's reflection service, for grpcurl.",
 )
+@click.option(
+    "--open-inference/--no-open-inference",
+    default=_DEFAULTS["open_inference"],
+    help="Serve the Open Inference Protocol, KServe's and Triton's, from a function with declared arrays.",
+)
+@click.option("--model-name", show_default="that of --model", help="The model's name in that protocol.")
 @click.option("--metrics-port", type=click.IntRange(0, 65535), help="The port for Prometheus metrics. Default: none.")
 @click.option(
     "--metrics-host",
@@ -149,7 +155,7 @@ def serve(
     credentials = _credentials(tls_cert, tls_key, tls_client_ca)
     callback = _imported(function)
     if not callable(callback):
-        raise Failure(f"{function!r} is {callback!r:.100}, which is not callable")
+        raise CommandError(f"{function!r} is {callback!r:.100}, which is not callable")
     try:
         batcher = create_batcher(
             batch_process_fn=callback,
@@ -159,9 +165,9 @@ def serve(
             **parameters,
         )
     except (ValueError, TypeError) as error:
-        raise Failure(re.sub(r"^\w+(?= is )", lambda name: _option(name[0]), str(error))) from None
+        raise CommandError(re.sub(r"^\w+(?= is )", lambda name: _option(name[0]), str(error))) from None
     except ImportError as error:  # an extra is missing
-        raise Failure(str(error)) from None
+        raise CommandError(str(error)) from None
     # The metrics first: a batcher that accepts requests must not end because of their port.
     if metrics_port is not None:
         if metrics_host is None:
@@ -171,8 +177,13 @@ def serve(
     threading.Thread(target=_announce, args=(batcher,), daemon=True).start()
     try:
         batcher.serve_forever(grace_s)
-    except (BatcherError, ValueError) as error:
-        raise Failure(str(error)) from None
+    except BatcherError as error:
+        raise CommandError(str(error)) from None
+    except Exception as error:
+        if not parameters["warm_up"] and not isinstance(error, ValueError):
+            raise
+        _logger.debug("starting failed", exc_info=True)
+        raise CommandError(f"cannot start: {type(error).__name__}: {error} (--log-level debug shows where)") from None
 
 
 def _credentials(certificate: Path | None, key: Path | None, client_ca: Path | None) -> grpc.ServerCredentials | None:
@@ -186,7 +197,7 @@ def _credentials(certificate: Path | None, key: Path | None, client_ca: Path | N
 
 
 def _imported(name: str) -> Any:
-    """Return what module:object names. Raises Failure."""
+    """Return what module:object names. Raises CommandError."""
     module_name, _, object_name = name.partition(":")
     if not (module_name and object_name):
         raise click.UsageError(f"{name!r} is not of the form package.module:object")
@@ -196,19 +207,19 @@ def _imported(name: str) -> Any:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         _logger.debug("importing %r failed", module_name, exc_info=True)
-        raise Failure(
+        raise CommandError(
             f"cannot import {module_name!r}: {type(error).__name__}: {error} (--log-level debug shows where)"
         ) from None
     try:
         return attrgetter(object_name)(module)
     except AttributeError as error:
-        raise Failure(f"{module_name!r} has no {object_name!r}: {error}") from None
+        raise CommandError(f"{module_name!r} has no {object_name!r}: {error}") from None
 
 
 def _interceptor(name: str) -> grpc.ServerInterceptor:
     interceptor = _imported(name)
     if not isinstance(interceptor, grpc.ServerInterceptor):
-        raise Failure(f"--interceptor {name!r} is {interceptor!r:.100}, which is not a grpc.ServerInterceptor")
+        raise CommandError(f"--interceptor {name!r} is {interceptor!r:.100}, which is not a grpc.ServerInterceptor")
     return interceptor
 
 
@@ -219,13 +230,13 @@ def _serve_metrics(batcher: MukoeBatcher, host: str, port: int) -> str:
 
         from ..prometheus import BatcherCollector
     except ImportError:
-        raise Failure('--metrics-port needs prometheus-client: pip install "grpc-batcher[prometheus]"') from None
+        raise CommandError('--metrics-port needs prometheus-client: pip install "grpc-batcher[prometheus]"') from None
     if port and port == batcher.port and not is_unix_socket(batcher.address):
-        raise Failure(f"--metrics-port and --port are both {port}; they must differ")
+        raise CommandError(f"--metrics-port and --port are both {port}; they must differ")
     try:
         server, _thread = start_http_server(port, host)
     except (OSError, UnicodeError) as error:
-        raise Failure(f"--metrics-port: cannot listen on {host}:{port}: {error}") from None
+        raise CommandError(f"--metrics-port: cannot listen on {host}:{port}: {error}") from None
     REGISTRY.register(BatcherCollector(batcher))
     return f"[{host}]:{server.server_port}" if ":" in host else f"{host}:{server.server_port}"
 

@@ -12,6 +12,9 @@ from .._array import as_array, dtype_named, import_numpy
 from .._errors import RequestError
 from .._models import ARRAYS, MODELS, check_int32, read_answer
 
+# By the arguments of send_request. All others hold arrays by the names that the batcher declares.
+_MODELS = {("data",): MODELS["repr"], ("data", "action"): MODELS["dyna"]}
+
 
 class ArrayPayloads:
     """See `BytesPayloads`. `data` makes a request for "repr", with an `action` for "dyna"; other names for "arrays".
@@ -30,8 +33,13 @@ class ArrayPayloads:
         rows = arguments.pop("rows", False)
         if not arguments:
             raise TypeError("a request needs data, or the arrays that the batcher declares, by name")
-        model = {("data",): MODELS["repr"], ("data", "action"): MODELS["dyna"]}.get(tuple(arguments), ARRAYS)
-        action = arguments.pop("action", 0) if model is not ARRAYS else 0
+        model = _MODELS.get(tuple(arguments), ARRAYS)
+        if model is ARRAYS and not arguments.keys().isdisjoint(("data", "action")):
+            raise TypeError(
+                f"no model takes the arguments ({', '.join(arguments)}); give data, data and action, or arrays by "
+                "other names"
+            )
+        action = arguments.pop("action", 0)
         numbers = model.field_numbers()
         described = []
         count = None
@@ -39,21 +47,25 @@ class ArrayPayloads:
             try:
                 array, dtype = as_array(value)
             except (TypeError, ValueError) as error:
-                raise type(error)(f"{name} is {value!r:.200}: {error}") from None
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"{name} is {value!r:.200}: {error}") from None
             if rows and (array.ndim == 0 or array.shape[0] < 1):
                 raise ValueError(f"{name} is {dtype} {list(array.shape)}; with rows=True its first axis must be rows")
             if rows and count not in (None, array.shape[0]):
                 raise ValueError(f"{name} has {array.shape[0]} rows, and the array before it {count}; they must agree")
             count = array.shape[0] if rows else None
             described.append((name, array, array.shape, dtype))
-        return _arrays.write_request(
-            numbers[model.message_field],
-            described,
-            data_number=numbers.get("data"),
-            action_number=numbers.get("action"),
-            action=check_int32("action", action),
-            keep_rows_axis=rows,
-        )
+        try:
+            return _arrays.write_request(
+                numbers[model.message_field],
+                described,
+                data_number=numbers.get("data"),
+                action_number=numbers.get("action"),
+                action=check_int32("action", action),
+                keep_rows_axis=rows,
+            )
+        except OverflowError as error:
+            raise ValueError(f"the request cannot be sent: {error}") from None
 
     def decode(self, reply: bytes) -> tuple[dict[str, Any], int]:
         """Return the arrays and the step in a reply. Raises RequestError if it holds none."""

@@ -1,12 +1,13 @@
-"""The caller's side: one request in, one answer out."""
+"""The caller's side: blocking requests, futures, and many requests at once."""
 
 from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, overload
 
 import grpc
 
@@ -14,18 +15,17 @@ from .._contract import (
     DEFAULT_MAX_MESSAGE_BYTES,
     MAX_DURATION_S,
     MAX_MESSAGE_BYTES,
-    TAKEN_IN_KEY,
     as_tuple,
     metadata_fault,
 )
 from .._errors import RequestError
 from .array_payloads import ArrayPayloads
 from .connection import Connection, Route
+from .exchange import Exchanges, is_reporting
+from .in_flight import RequestFuture, send_all
 from .payloads import BytesPayloads
-from .stream_pool import Loan, StreamPool, asks_to_reconnect
-
-# How often a request that its server did not take in is resent. Of several servers, more than one may be closing.
-_MAX_RESENDS, _MAX_RESENDS_BALANCED = 1, 3
+from .places import PlacesInFlight
+from .stream_pool import StreamPool
 
 
 class MukoeBatcherClient:
@@ -40,6 +40,7 @@ class MukoeBatcherClient:
     interceptors: gRPC client interceptors. They put this client on the public transport.
     metadata: pairs to send as each stream opens, for instance a token.
     arrays: whether requests and answers are numpy arrays, for a batcher that declares its arrays. The default is bytes.
+    max_in_flight: how many requests of `submit` and `send_many` may be on their way at once, at least 1.
 
     Nothing is sent, and no connection made, before the first request. Any number of threads may share a client; each
     request in flight has its own stream, which is kept for later requests and closed after a minute without one. A
@@ -60,6 +61,7 @@ class MukoeBatcherClient:
         interceptors: Iterable[grpc.StreamStreamClientInterceptor] = (),
         metadata: Iterable[tuple[str, str | bytes]] = (),
         arrays: bool = False,
+        max_in_flight: int = 256,
     ) -> None:
         options, metadata = as_tuple("options", options), as_tuple("metadata", metadata)
         interceptors = as_tuple("interceptors", interceptors)
@@ -69,6 +71,8 @@ class MukoeBatcherClient:
             raise ValueError(
                 f"max_message_bytes is {max_message_bytes!r}; it must be an int from 1 to {MAX_MESSAGE_BYTES}"
             )
+        if not isinstance(max_in_flight, int) or max_in_flight < 1:
+            raise ValueError(f"max_in_flight is {max_in_flight!r}; it must be an int from 1")
         for pair in metadata:
             if len(pair) != 2:
                 raise ValueError(f"metadata contains an entry of length {len(pair)}; entries are (key, value) pairs")
@@ -86,7 +90,7 @@ class MukoeBatcherClient:
         )
         self._payloads: BytesPayloads | ArrayPayloads = ArrayPayloads() if arrays else BytesPayloads()
         self._pool = StreamPool(self._connection)
-        self._max_resends = _MAX_RESENDS_BALANCED if self._connection.has_others else _MAX_RESENDS
+        self._exchanges = Exchanges(self._connection, self._pool, PlacesInFlight(max_in_flight))
         # For clients dropped without `close`. At exit the pool closes itself, in the right order.
         weakref.finalize(self, self._pool.close).atexit = False
 
@@ -123,18 +127,83 @@ class MukoeBatcherClient:
         Before anything is sent, raises TypeError or ValueError for arguments that cannot be sent, and RuntimeError on a
         closed client.
         """
-        if action is not None:
-            arguments = {"action": action, **arguments}
-        if data is not None:
-            arguments = {"data": data, **arguments}
-        if rows:
-            arguments["rows"] = True
-        message = self._payloads.encode(arguments)
-        return self._payloads.decode(self._exchange(message, _due_ns(timeout_s)))
+        message = self._encode(data, action, rows, arguments)
+        return self._payloads.decode(self._exchanges.wait(message, due_ns(timeout_s)))
+
+    def submit(
+        self,
+        data: Any = None,
+        action: int | None = None,
+        *,
+        rows: bool = False,
+        timeout_s: float | None = None,
+        **arguments: Any,
+    ) -> RequestFuture:
+        """Send one request and return a concurrent.futures.Future of what `send_request` would return or raise.
+
+        The arguments are those of `send_request`. Blocks while `max_in_flight` requests are on their way, for
+        `timeout_s` at most, which counts from here.
+
+        `cancel()` works until the answer is there: a request that waits never reaches the callback; one that is in the
+        callback runs on, and its answer is dropped. Callbacks of the future run on the client's own thread, which
+        receives all its answers, so they should be quick. They may submit, which does not block there: past
+        `max_in_flight` it sends all the same.
+
+        Raises TypeError or ValueError for arguments that cannot be sent, and RuntimeError on a closed client.
+        """
+        message = self._encode(data, action, rows, arguments)
+        limit_ns = due_ns(timeout_s)
+        future = RequestFuture()
+        places = self._exchanges.places
+        if is_reporting():
+            places.take_regardless()
+        elif not places.take(limit_ns):
+            future.finish(self._exchanges.no_place())
+            return future
+        # It keeps the client alive until the answer is there.
+        (future.exchange,) = self._exchanges.begin([(message, partial(self._resolve, future))], limit_ns)
+        return future
+
+    @overload
+    def send_many(
+        self, requests: Iterable[Any], *, timeout_s: float | None = None, return_exceptions: Literal[False] = False
+    ) -> list[tuple[dict[str, Any], int]]: ...
+    @overload
+    def send_many(
+        self, requests: Iterable[Any], *, timeout_s: float | None = None, return_exceptions: bool
+    ) -> list[tuple[dict[str, Any], int] | Exception]: ...
+    def send_many(
+        self, requests: Iterable[Any], *, timeout_s: float | None = None, return_exceptions: bool = False
+    ) -> list[Any]:
+        """Send requests at once, wait for all their answers and return them in the same order.
+
+        requests: each is `data`, a tuple `(data, action)`, or a mapping of the arguments of `send_request` by name
+            (without `timeout_s`). At most `max_in_flight` are on their way at once.
+        timeout_s: how long to wait for all of them, in seconds; None waits as long as it takes.
+        return_exceptions: whether an error stands in its request's place. Otherwise the first, in the order of the
+            requests, is raised after all have ended.
+
+        Raises the errors of `send_request`, and RuntimeError in a callback of a future, where it would wait for itself.
+        """
+        if is_reporting():
+            raise RuntimeError("send_many would wait for itself in a future's callback; use submit there")
+        messages = [partial(self._encode_one, request) for request in requests]
+        ends = send_all(self._exchanges, messages, due_ns(timeout_s))
+        answers = [end if isinstance(end, Exception) else self._decode(end) for end in ends]
+        if not return_exceptions:
+            for answer in answers:
+                if isinstance(answer, Exception):
+                    raise answer
+        return answers
 
     def close(self) -> None:
-        """Close all streams and the connection; requests in flight fail with CANCELLED. May be called again."""
+        """Close all streams and the connection; requests in flight fail with CANCELLED. May be called again.
+
+        When it returns, every future of this client is done, unless it is called in a future's callback.
+        """
         self._pool.close()
+        if not is_reporting():
+            self._pool.wait_until_over()
 
     def __enter__(self) -> MukoeBatcherClient:
         return self
@@ -156,61 +225,44 @@ class MukoeBatcherClient:
             "options": connection.options,
             "metadata": connection.metadata,
             "arrays": isinstance(self._payloads, ArrayPayloads),
+            "max_in_flight": self._exchanges.places.limit,
         }
         return _unpickle, (connection.address, options)
 
     def __repr__(self) -> str:
         return f"MukoeBatcherClient({self._connection.address!r})"
 
-    def _exchange(self, message: bytes, due_ns: int | None, *, resends: int = 0) -> bytes:
-        loan = self._pool.borrow(due_ns, fresh=resends > 0)
+    def _encode(self, data: Any, action: int | None, rows: bool, arguments: dict[str, Any]) -> bytes:
+        if action is not None:
+            arguments = {"action": action, **arguments}
+        if data is not None:
+            arguments = {"data": data, **arguments}
+        if rows:
+            arguments["rows"] = True
+        return self._payloads.encode(arguments)
+
+    def _encode_one(self, request: Any) -> bytes:
+        """Return the message of one request of `send_many`."""
+        if isinstance(request, Mapping):
+            return self._payloads.encode(dict(request))
+        if isinstance(request, tuple):
+            if len(request) != 2:
+                raise TypeError(f"a request is a tuple of length {len(request)}; it must be (data, action)")
+            return self._encode(*request, False, {})
+        return self._encode(request, None, False, {})
+
+    def _decode(self, reply: bytes) -> tuple[dict[str, Any], int] | RequestError:
         try:
-            reply = loan.stream.exchange(message)
-        except grpc.RpcError as error:
-            code = error.code()
-            self._pool.discard(loan, server_lost=self._is_server_lost(loan, error))
-            if loan.timed_out:
-                raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer within timeout_s") from None
-            if resends < self._max_resends and self._was_not_taken_in(loan, error):
-                return self._exchange(message, due_ns, resends=resends + 1)
-            if code is grpc.StatusCode.CANCELLED and not self._pool.closed:
-                # Not by this end: a server that is shutting down cancels streams it has not accepted.
-                code = grpc.StatusCode.UNAVAILABLE
-            raise RequestError(code, error.details() or "") from None
-        except BaseException:  # such as Ctrl-C: the next reply on this stream would answer another request
-            self._pool.discard(loan, server_lost=False)
-            raise
-        if reply is None:
-            self._pool.discard(loan, server_lost=False)
-            raise RequestError(grpc.StatusCode.UNAVAILABLE, "the server ended the stream without an answer")
-        self._pool.give_back(loan)
-        return reply
+            return self._payloads.decode(reply)
+        except RequestError as error:
+            return error.with_traceback(None)
 
-    def _is_server_lost(self, loan: Loan, error: Any) -> bool:
-        """Whether the channel is of no further use.
-
-        A channel with several servers goes on with the others, unless it could reach none of them.
-        """
-        if error.code() is not grpc.StatusCode.UNAVAILABLE:
-            return False
-        if asks_to_reconnect(error.trailing_metadata()):
-            return True
-        return not self._connection.is_balanced or (loan.requests == 1 and _taken_in(error) is None)
-
-    def _was_not_taken_in(self, loan: Loan, error: Any) -> bool:
-        """Whether the server itself said that this stream's last request, sent as the stream ended, was refused.
-
-        Only then is it safe to resend: a broken connection says nothing about what was done before. A stream's first
-        request is not resent to a lone server, which would refuse it again for the same reason.
-        """
-        if error.code() is not grpc.StatusCode.UNAVAILABLE:
-            return False
-        if loan.requests < 2 and not self._connection.has_others:
-            return False
-        return _taken_in(error) == str(loan.requests - 1)
+    def _resolve(self, future: RequestFuture, reply: bytes | None, error: Exception | None) -> None:
+        future.finish(self._decode(reply) if reply is not None else error)
 
 
-def _due_ns(timeout_s: float | None) -> int | None:
+def due_ns(timeout_s: float | None) -> int | None:
+    """Return the monotonic time at which a time limit that begins now is over. Raises ValueError for what is none."""
     if timeout_s is None:
         return None
     try:
@@ -223,8 +275,3 @@ def _due_ns(timeout_s: float | None) -> int | None:
 
 def _unpickle(address: str, options: dict[str, Any]) -> MukoeBatcherClient:
     return MukoeBatcherClient(address, **options)
-
-
-def _taken_in(error: Any) -> str | None:
-    """How many of a stream's requests its server says it took in."""
-    return dict(error.trailing_metadata() or ()).get(TAKEN_IN_KEY)

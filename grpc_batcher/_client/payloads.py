@@ -19,6 +19,8 @@ class BytesPayloads:
 
         arguments: those of `send_request` that describe the request. Their values may be replaced.
         """
+        if "rows" in arguments:
+            raise TypeError("rows is True, which needs arrays: create the client with arrays=True")
         if not arguments:
             raise TypeError("data is None, a NoneType; a request needs it")
         if isinstance(data := arguments.get("data"), str):

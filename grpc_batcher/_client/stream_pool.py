@@ -1,6 +1,8 @@
 """A client's open streams: lent to one request at a time, closed after a long idle time or when a request times out.
 
 Opening a call costs gRPC several times what a message on an open stream does, so streams are kept for later requests.
+There are two kinds. A plain stream serves a thread that waits for the reply. A pooled one tells of its reply, and many
+of them share one thread.
 """
 
 from __future__ import annotations
@@ -9,14 +11,15 @@ import threading
 import time
 import weakref
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import grpc
 
 from .. import _process
-from .._contract import CONNECTION_AGE_KEY, METHOD, RECONNECT_KEY
+from .._contract import CONNECTION_AGE_KEY, METHOD, POOLED_KEY, RECONNECT_KEY
 from .._transport import choice
-from .._transport.interface import ClientStream
+from .._transport.interface import Metadata
 from .connection import Connection
 
 # A stream that nobody has borrowed for this long is closed.
@@ -28,6 +31,9 @@ MIN_RENEWAL_NS = 1_000_000_000
 MAX_RENEWAL_NS = 60 * 1_000_000_000
 
 _NEVER = 2**63 - 1
+
+# How long the interpreter's exit waits for pooled streams to end, in case that somebody's code never returns.
+_EXIT_LIMIT_S = 5.0
 
 # What a forked child inherited of its parent's connections. Closing them would write to the parent's sockets.
 _inherited: list[Any] = []
@@ -55,9 +61,11 @@ class Loan:
     requests: how many were sent on it, including this one.
     """
 
-    def __init__(self, link: _Link, stream: ClientStream) -> None:
+    stream: Any  # a ClientStream, or a PooledClientStream
+
+    def __init__(self, link: _Link, *, is_pooled: bool) -> None:
         self.link = link
-        self.stream = stream
+        self.is_pooled = is_pooled
         self.timed_out = False
         self.requests = 0
         self.renewal_ns = _NEVER  # when it is too old for another request
@@ -76,9 +84,13 @@ class StreamPool:
         _open_pools.add(self)
 
     def _reset(self) -> None:
-        self._changed = threading.Condition()  # reentrant: the garbage collector may close the pool at any moment
+        # Guards what follows. Reentrant: the garbage collector may close the pool at any moment.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._link: _Link | None = None
         self._idle: list[Loan] = []  # the most recently used last, and first to be lent
+        self._idle_pooled: list[Loan] = []  # the same
+        self._pooled = 0  # open pooled streams, lent or idle, until they are over
         self._lent: set[Loan] = set()
         self._closed = False
         self._is_exiting = False
@@ -86,7 +98,7 @@ class StreamPool:
         self._timekeeper_wakes_ns = _NEVER
 
     def forget_parent(self) -> None:
-        _inherited.append((self._link, self._idle, self._lent))
+        _inherited.append((self._link, self._idle, self._idle_pooled, self._lent))
         was_closed = self._closed
         self._reset()
         self._closed = was_closed
@@ -99,32 +111,58 @@ class StreamPool:
 
         Raises RuntimeError if the client is closed, or if no thread can be started to keep the time limit.
         """
-        dead = []
+        dead: list[Loan] = []
         try:
-            with self._changed:
+            with self._lock:
                 self._check_open()
-                if self._moves and self._link is not None and self._link.target != self._connection.target():
-                    self._leave_link()
-                loan = None
-                while self._idle and loan is None and not fresh:
-                    dead.append(self._idle.pop())
-                    if self._is_usable(dead[-1]):
-                        loan = dead.pop()
-                    else:
-                        self._note_end(dead[-1])
-                if self._link is not None and self._link.used_ns < time.monotonic_ns() - IDLE_NS:
-                    self._leave_link()
-                if loan is None:
-                    loan = self._open()
-                if due_ns is not None and not self._can_keep_time():
-                    self._idle.append(loan)
-                    raise RuntimeError("no thread can be started to keep the request's time limit")
-                loan.requests += 1
-                self._lent.add(loan)
-                self._set_due(loan, _NEVER if due_ns is None else due_ns)
+                return self._lend(self._idle, due_ns, fresh, dead)
         finally:
             for broken in dead:
                 self._drop(broken)
+
+    def borrow_pooled(self, count: int, due_ns: int | None, *, fresh: bool = False) -> list[Loan]:
+        """Return pooled streams, as `borrow` does. Never blocks.
+
+        The most recently used are lent, and of these the most recently used come last. If requests are sent in this
+        order, the server, which knows who was answered a moment ago, sees those that it expects after the others.
+        """
+        dead: list[Loan] = []
+        loans: list[Loan] = []
+        try:
+            with self._lock:
+                self._check_open(may_wait=False)
+                while len(loans) < count:
+                    loans.append(self._lend(self._idle_pooled, due_ns, fresh, dead))
+        except BaseException:
+            for loan in loans:
+                self.discard(loan, server_lost=False)
+            raise
+        finally:
+            for broken in dead:
+                self._drop(broken)
+        loans.reverse()
+        return loans
+
+    def _lend(self, idle: list[Loan], due_ns: int | None, fresh: bool, dead: list[Loan]) -> Loan:
+        if self._moves and self._link is not None and self._link.target != self._connection.target():
+            self._leave_link()
+        loan = None
+        while idle and loan is None and not fresh:
+            dead.append(idle.pop())
+            if self._is_usable(dead[-1]):
+                loan = dead.pop()
+            else:
+                self._note_end(dead[-1])
+        if loan is None and self._link is not None and self._link.used_ns < time.monotonic_ns() - IDLE_NS:
+            self._leave_link()
+        if loan is None:
+            loan = self._open(is_pooled=idle is self._idle_pooled)
+        if due_ns is not None and not self._can_keep_time():
+            idle.append(loan)
+            raise RuntimeError("no thread can be started to keep the request's time limit")
+        loan.requests += 1
+        self._lent.add(loan)
+        self._set_due(loan, _NEVER if due_ns is None else due_ns)
         return loan
 
     def _is_usable(self, loan: Loan) -> bool:
@@ -149,13 +187,13 @@ class StreamPool:
 
     def give_back(self, loan: Loan) -> None:
         """The request has its answer."""
-        with self._changed:
+        with self._lock:
             self._lent.discard(loan)
             loan.link.used_ns = time.monotonic_ns()
             keep = not self._closed and not loan.timed_out and self._is_welcome(loan)
             if keep:
-                self._idle.append(loan)
-                if self._can_keep_time():
+                (self._idle_pooled if loan.is_pooled else self._idle).append(loan)
+                if self._timekeeper is not None or self._can_keep_time():
                     self._set_due(loan, time.monotonic_ns() + IDLE_NS)
         if not keep:
             self._drop(loan)
@@ -166,7 +204,7 @@ class StreamPool:
         server_lost: the next stream needs a new connection. On the old channel it could fail merely because an attempt
             to connect failed a while ago.
         """
-        with self._changed:
+        with self._lock:
             self._lent.discard(loan)
             if server_lost and loan.link is self._link:
                 self._link = None
@@ -174,15 +212,21 @@ class StreamPool:
                 self._connection.note_lost(loan.link.target)
         self._drop(loan)
 
+    def cancel(self, loan: Loan, number: int) -> None:
+        """End a stream if it still has this request, by its number on the stream."""
+        with self._lock:
+            if loan in self._lent and loan.requests == number:
+                loan.stream.cancel()
+
     def close(self) -> None:
         """End all streams; requests in flight fail. May be called again."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             link, self._link = self._link, None
             if link is not None:
                 link.is_current = False
             unused = link is not None and link.streams == 0
-            idle, self._idle = self._idle, []
+            idle, self._idle, self._idle_pooled = [*self._idle, *self._idle_pooled], [], []
             lent = tuple(self._lent)
             self._changed.notify_all()
         for loan in lent:
@@ -192,15 +236,27 @@ class StreamPool:
         if link is not None and unused:
             link.channel.close()
 
+    def wait_until_over(self, timeout_s: float | None = None) -> None:
+        """Wait until no pooled stream is left, so that whoever sent on one has been told. Call `close` first."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._pooled == 0, timeout_s)
+
     def close_at_exit(self) -> None:
-        """Close the connection, unless a request is in flight: it may still be answered.
+        """Close the connection, unless a thread waits for an answer: it may still come.
 
         Only daemon threads are left now. The next request of one waits for the end of the process, as the thread itself
-        would soon do; an error would only be printed over the program's last words.
+        would soon do; an error would only be printed over the program's last words. Nobody waits for what is on pooled
+        streams.
         """
         self._is_exiting = True
-        if not self._lent:
+        with self._lock:
+            pooled = [*self._idle_pooled, *(loan for loan in self._lent if loan.is_pooled)]
+            is_awaited = any(not loan.is_pooled for loan in self._lent)
+        if not is_awaited:
             self.close()
+        for loan in pooled:
+            loan.stream.cancel()
+        self.wait_until_over(_EXIT_LIMIT_S)
 
     @property
     def transport(self) -> str:
@@ -215,36 +271,67 @@ class StreamPool:
         """Whether `close` was called."""
         return self._closed
 
-    def _check_open(self) -> None:
+    def _check_open(self, *, may_wait: bool = True) -> None:
+        if self._is_exiting and not may_wait:
+            raise RuntimeError("the client is closed, as the interpreter exits")
         if self._is_exiting and threading.current_thread() is not threading.main_thread():
             while True:
                 self._changed.wait()
         if self._closed:
             raise RuntimeError("the client is closed")
 
-    def _open(self) -> Loan:
+    def _open(self, *, is_pooled: bool) -> Loan:
         if self._link is None:
             _process.prepare_to_use_grpc()
             self._link = _Link(self._connection)
-        age_ms = (time.monotonic_ns() - self._link.since_ns) // 1_000_000
+        link = self._link
+        loan = Loan(link, is_pooled=is_pooled)
+        age_ms = (time.monotonic_ns() - link.since_ns) // 1_000_000
         metadata = (*self._connection.metadata, (CONNECTION_AGE_KEY, str(age_ms)))
-        stream = choice.open_stream(self._link.channel, METHOD, metadata)
-        loan = Loan(self._link, stream)
-        self._link.streams += 1
+        if is_pooled:
+            self._open_pooled(loan, (*metadata, (POOLED_KEY, "1")))
+        else:
+            loan.stream = choice.open_stream(link.channel, METHOD, metadata)
+        link.streams += 1
         if self._balanced:
             now_ns = time.monotonic_ns()
-            loan.renewal_ns = now_ns + min(max(now_ns - self._link.since_ns, MIN_RENEWAL_NS), MAX_RENEWAL_NS)
+            loan.renewal_ns = now_ns + min(max(now_ns - link.since_ns, MIN_RENEWAL_NS), MAX_RENEWAL_NS)
         return loan
 
+    def _open_pooled(self, loan: Loan, metadata: Metadata) -> None:
+        try:
+            loan.stream = choice.open_pooled_stream(loan.link.channel, METHOD, metadata, partial(self._leave, loan))
+        except RuntimeError:
+            # No thread could be started. grpcio may think that the channel has one, so it is of no further use.
+            self._link, loan.link.is_current = None, False
+            raise
+        self._pooled += 1
+
     def _drop(self, loan: Loan) -> None:
+        """End a stream that is neither lent nor idle."""
         try:
             loan.stream.close()
         finally:
-            with self._changed:
-                loan.link.streams -= 1
-                is_last = loan.link.streams == 0 and not loan.link.is_current
+            if not loan.is_pooled:  # that leaves when it is over
+                self._leave(loan)
+
+    def _leave(self, loan: Loan) -> None:
+        """A stream is over. The last of a link takes the channel along."""
+        with self._lock:
+            if loan in self._idle_pooled:
+                self._note_end(loan)
+            loan.link.streams -= 1
+            is_last = loan.link.streams == 0 and not loan.link.is_current
+        try:
             if is_last:
                 loan.link.channel.close()
+        finally:
+            if loan.is_pooled:
+                with self._lock:
+                    if loan in self._idle_pooled:
+                        self._idle_pooled.remove(loan)
+                    self._pooled -= 1
+                    self._changed.notify_all()
 
     # ---- time limits ----
 
@@ -268,17 +355,19 @@ class StreamPool:
     def _keep_time(self) -> None:
         """Cancel what is due and sleep until the next is. Ends when nothing is left to wait for."""
         while True:
-            with self._changed:
+            with self._lock:
                 now_ns = time.monotonic_ns()
-                idle_too_long = [loan for loan in self._idle if loan.due_ns <= now_ns]
-                self._idle = [loan for loan in self._idle if loan not in idle_too_long]
+                idle_too_long = []
+                for idle in (self._idle, self._idle_pooled):
+                    idle_too_long += [loan for loan in idle if loan.due_ns <= now_ns]
+                    idle[:] = [loan for loan in idle if loan.due_ns > now_ns]
                 for loan in self._lent:
                     if loan.due_ns <= now_ns and not loan.timed_out:
                         loan.timed_out = True
                         loan.stream.cancel()
                     if loan.timed_out:
                         loan.due_ns = _NEVER
-                due_ns = min((loan.due_ns for loan in (*self._idle, *self._lent)), default=_NEVER)
+                due_ns = min((loan.due_ns for loan in (*self._idle, *self._idle_pooled, *self._lent)), default=_NEVER)
                 self._timekeeper_wakes_ns = due_ns
                 if not idle_too_long:
                     if due_ns == _NEVER or self._closed:

@@ -49,28 +49,30 @@ class ArrayCallback:
         self.encoding_ns = 0
         self._function = function
         self._model = model
-        self._declared = dict(declared)
+        self.declared = dict(declared)
+        self.takes_actions = _ACTION in model.arguments
+        # (name, dtype name, shape of a row) of each array that the function returned last.
+        self.outputs_seen: list[tuple[str, str, tuple[int, ...]]] = []
         self._batch_sizes = batch_sizes
         self._published = published
         self._recorder = recorder
         self._warms_up = warms_up
-        self._takes_actions = _ACTION in model.arguments
         numbers = model.field_numbers()
-        self._reader = _arrays.RequestReader(
+        self.reader = _arrays.RequestReader(
             numbers[model.message_field],
             [
                 _arrays.Field(name, array.shape, array.dtype.name, array.dtype.itemsize)
-                for name, array in self._declared.items()
+                for name, array in self.declared.items()
             ],
             data_number=numbers.get("data"),
             action_number=numbers.get(_ACTION),
             max_rows=batch_sizes[-1],
         )
-        self._arenas = [Arenas(batch_sizes[-1] * array.row_bytes) for array in self._declared.values()]
+        self._arenas = [Arenas(batch_sizes[-1] * array.row_bytes) for array in self.declared.values()]
 
     def read_request(self, message: bytes) -> tuple[_arrays.ArrayRequest, int]:
         try:
-            request = self._reader.read(message)
+            request = self.reader.read(message)
             if request is None:
                 request = self._read_with_protobuf(message)
         except _arrays.ArrayError as error:
@@ -81,7 +83,7 @@ class ArrayCallback:
         parsed = self._model.parse(message)
         body = getattr(parsed, self._model.message_field)
         pairs = [(pair.key, pair.values) for pair in body.arrays] if self._model is ARRAYS else [("data", body.data)]
-        return self._reader.of_payloads(pairs, getattr(body, _ACTION, 0), parsed.keep_rows_axis)
+        return self.reader.of_payloads(pairs, getattr(body, _ACTION, 0), parsed.keep_rows_axis)
 
     def warm_up(self) -> None:
         if not self._warms_up:
@@ -89,8 +91,8 @@ class ArrayCallback:
         numpy = import_numpy()
         for size in self._batch_sizes:
             begin_ns = time.monotonic_ns()
-            arrays = {name: numpy.zeros((size, *array.shape), array.dtype) for name, array in self._declared.items()}
-            if self._takes_actions:
+            arrays = {name: numpy.zeros((size, *array.shape), array.dtype) for name, array in self.declared.items()}
+            if self.takes_actions:
                 arrays[_ACTION] = numpy.zeros(size, numpy.int32)
             batch = Batch(arrays, size, size, self._published.version, failed_rows={})
             self._outputs(self._function(batch), batch)
@@ -127,12 +129,12 @@ class ArrayCallback:
         count = sum([request.rows for request in requests])
         size = self._batch_sizes[bisect_left(self._batch_sizes, count)]
         arrays = {}
-        for index, (name, array) in enumerate(self._declared.items()):
+        for index, (name, array) in enumerate(self.declared.items()):
             rows = numpy.frombuffer(self._arenas[index].lend(), array.dtype, size * math.prod(array.shape))
             rows = rows.reshape((size, *array.shape))
             _arrays.gather(requests, index, rows, size)
             arrays[name] = rows
-        if self._takes_actions:
+        if self.takes_actions:
             arrays[_ACTION] = numpy.empty(size, numpy.int32)
             _arrays.gather_actions(requests, arrays[_ACTION], size)
         if size > count:
@@ -168,6 +170,7 @@ class ArrayCallback:
                     f"must return a row for each of the batch's {batch.count}; {name!r} is {dtype} {list(array.shape)}"
                 )
             outputs.append((name, array, array.shape[1:], dtype))
+        self.outputs_seen = [(name, dtype, shape) for name, _rows, shape, dtype in outputs]
         return outputs, step
 
     def _encoded(self, requests: list[_arrays.ArrayRequest], outputs: list[_Output], step: int) -> list[bytes]:
@@ -184,8 +187,10 @@ def _failed_requests(
     """Return the requests that lost a row to `Batch.fail`, by their index."""
     if not failed_rows:
         return {}
-    ends = list(accumulate([request.rows for request in requests]))
-    return {
-        bisect_right(ends, row): Failed(f"the callback answered row {row} of its batch with {text_of(error)}")
-        for row, error in sorted(failed_rows.items(), reverse=True)
-    }
+    begins = [0, *accumulate([request.rows for request in requests])]
+    failed: dict[int, Failed] = {}
+    for row, error in sorted(failed_rows.items()):
+        index = bisect_right(begins, row) - 1
+        which = "this request" if requests[index].rows == 1 else f"row {row - begins[index]} of this request"
+        failed.setdefault(index, Failed(f"the callback answered {which} with {text_of(error)}"))
+    return failed

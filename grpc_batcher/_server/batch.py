@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,8 +37,9 @@ class Batch(Mapping[str, Any]):
 
         A request of several rows fails as a whole. Other requests are answered as usual.
 
-        Raises IndexError for a row that nobody sent, and TypeError for what is not an exception.
+        Raises IndexError for a row that nobody sent, and TypeError for what is not an int or an exception.
         """
+        row = operator.index(row)
         if not 0 <= row < self.count:
             raise IndexError(f"row is {row}; this batch has rows from 0 to {self.count - 1}")
         if not isinstance(exception, BaseException):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections import deque
@@ -38,33 +37,34 @@ class BatchLoop:
         self._on_failure = on_failure
         self._thread: threading.Thread | None = None
         self._warm: Future[None] = Future()
-        self._may_serve: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._is_cancelled = threading.Event()
         self._between: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._is_running = threading.Lock()  # held by the thread, as one that an interrupted start left may still run
         self._lock = threading.RLock()  # makes "not ended" and "queued" one step in between_batches
         self._has_ended = False
 
-    def warm_up(self) -> Future[None]:
-        """Start the thread, which warms the callback up. It then waits for `serve`, or for `cancel`.
+    def start(self) -> Future[None]:
+        """Start the thread, which warms the callback up and then takes batches, until `cancel` is called.
 
-        Returns a future that is done when the callback is warm, or has the error. In the second case the thread ends,
-        and this may be called again. Raises RuntimeError if the system has no thread left.
+        Returns a future that is done when the callback is warm, or has the error. In the second case the thread ends.
+        After that, or after `cancel`, this may be called again. Raises RuntimeError if the system has no thread left.
         """
         self._warm = Future()
-        self._may_serve = queue.SimpleQueue()
+        self._is_cancelled = threading.Event()
         thread = threading.Thread(
-            target=self._run, args=(self._warm, self._may_serve), name="grpc_batcher-batch", daemon=True
+            target=self._run,
+            args=(self._warm, self._is_cancelled),
+            name="grpc_batcher-batch",
+            daemon=True,
         )
         thread.start()
         self._thread = thread
         return self._warm
 
-    def serve(self) -> None:
-        """Have the thread take batches, once it is warm."""
-        self._may_serve.put(True)
-
     def cancel(self) -> None:
-        """Have the thread end without taking a batch. If it is warm, wait until it has."""
-        self._may_serve.put(False)
+        """Have the thread end. Returns when it has, unless the callback is still warming up."""
+        self._is_cancelled.set()
+        self._room.nudge()
         if self._thread is not None and self._warm.done():
             self._thread.join()
 
@@ -78,53 +78,71 @@ class BatchLoop:
         return threading.current_thread() is self._thread
 
     def between_batches(self, function: Callable[[], Any]) -> Future[Any]:
-        """Have a function called on the batch thread. Raises RuntimeError once the loop has ended."""
+        """Have a function called on the batch thread. Raises RuntimeError after `end`."""
         future: Future[Any] = Future()
         with self._lock:
             if self._has_ended:
                 raise RuntimeError("this batcher was shut down")
             self._between.append((future, function))
-        self._room.nudge()
+        # On the batch thread itself it waits for a batch, or a function that asks for its next call would never end.
+        if not self.is_current_thread():
+            self._room.nudge()
         return future
 
     def end(self) -> None:
         """Cancel what is still to be called between batches, and take nothing more."""
         with self._lock:
             self._has_ended = True
-        while self._between:
-            self._between.popleft()[0].cancel()
+        while (next_call := self._next_between()) is not None:
+            next_call[0].cancel()
 
-    def _run(self, warm: Future[None], may_serve: queue.SimpleQueue[bool]) -> None:
-        try:
-            self._call_between()
-            self._callback.warm_up()
-        except BaseException as error:
-            warm.set_exception(error)
-            return
-        warm.set_result(None)
-        if not may_serve.get():
-            return
-        try:
-            while (taken := self._room.take_batch()) is not None:
-                _reason, tickets = taken
-                if tickets:
-                    self._process(tickets)
-                del taken, tickets  # a batcher that waits keeps nothing alive
+    def _run(self, warm: Future[None], is_cancelled: threading.Event) -> None:
+        with self._is_running:
+            if is_cancelled.is_set():
+                return
+            try:
                 self._call_between()
-        except BaseException as error:
-            self._on_failure(error)
-        finally:
-            self.end()
+                self._callback.warm_up()
+            except BaseException as error:
+                warm.set_exception(error)
+                return
+            warm.set_result(None)
+            try:
+                self._take_batches(is_cancelled)
+            except BaseException as error:
+                self._on_failure(error)
+
+    def _take_batches(self, is_cancelled: threading.Event) -> None:
+        self._call_between()
+        while not is_cancelled.is_set() and (taken := self._room.take_batch()) is not None:
+            _reason, tickets = taken
+            self._call_between()  # which may have been asked for before these requests were sent
+            if tickets:
+                self._process(tickets)
+                self._call_between()
+            del taken, tickets  # a batcher that waits keeps nothing alive
 
     def _call_between(self) -> None:
-        while self._between:
-            future, function = self._between.popleft()
+        """Call the functions that are queued now, but not those that they queue."""
+        for _ in range(len(self._between)):
+            if (next_call := self._next_between()) is None:  # a shutdown has cancelled them
+                return
+            future, function = next_call
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(function())
+                    result = function()
                 except BaseException as error:
                     future.set_exception(error)
-            del future, function
+                else:
+                    future.set_result(result)
+                    del result
+            del next_call, future, function
+
+    def _next_between(self) -> tuple[Future[Any], Callable[[], Any]] | None:
+        try:
+            return self._between.popleft()
+        except IndexError:
+            return None
 
     def _process(self, tickets: list[_core.Ticket]) -> None:
         timed = self._recorder.timed

@@ -43,6 +43,7 @@ class MukoeBatcher:
         arrays: Mapping[str, Array] | None,
         batch_sizes: Sequence[int],
         warm_up: Sequence[Any] | bool,
+        inference_name: str | None,
         batch_size: int,
         batch_timeout_s: float,
         host: str,
@@ -71,6 +72,7 @@ class MukoeBatcher:
         self._recorder = Recorder(timed=track_metrics, batch_size=batch_size)
         self._published = Published()
         callback: Callback
+        others: tuple[grpc.GenericRpcHandler, ...] = ()
         if arrays is None:
             requests = () if isinstance(warm_up, bool) else warm_up
             callback = ByteCallback(batch_process_fn, model, self._published, requests)
@@ -78,8 +80,13 @@ class MukoeBatcher:
             callback = ArrayCallback(
                 batch_process_fn, model, arrays, batch_sizes, self._published, self._recorder, warms_up=bool(warm_up)
             )
+        service = Service(self._room, callback, self._recorder, max_streams, max_connection_age_s)
+        if inference_name is not None and isinstance(callback, ArrayCallback):
+            from .open_inference import OpenInference  # only now: its messages take time to load
+
+            others = (OpenInference(service, callback, inference_name),)
         self._life = LifeCycle(
-            Service(self._room, callback, self._recorder, max_streams, max_connection_age_s),
+            service,
             model_name=model.name,
             host=host,
             port=port,
@@ -89,6 +96,7 @@ class MukoeBatcher:
             credentials=credentials,
             interceptors=interceptors,
             standard_services=standard_services,
+            other_handlers=others,
         )
 
     # ---- life cycle ----
@@ -96,8 +104,9 @@ class MukoeBatcher:
     def start(self) -> None:
         """Warm the callback up if that was asked for, then listen and serve. The batcher is ready when this returns.
 
-        Raises BindError if the address is not available, whatever the callback raises as it warms up, and RuntimeError
-        if the batcher was started or shut down before.
+        Raises BindError if the address is not available, whatever the callback raises as it warms up, and BatcherError
+        if it then returns what cannot be sent. Nothing is left open then, and the batcher may be started again. Raises
+        RuntimeError if it was started or shut down before.
         """
         self._life.start()
 
@@ -169,8 +178,8 @@ class MukoeBatcher:
         """Have a function called on the batch thread before the next batch, and return the future of its result.
 
         Use it for what must not happen during a callback, such as loading weights in place. May be called from any
-        thread; what is asked for before `start` is called when the batcher starts, before it warms up. A shutdown
-        cancels what was not called yet.
+        thread. What is asked for before `start` is called when the batcher starts, before it warms up; what such a
+        function asks for itself, with the next batch. A shutdown cancels what was not called yet.
 
         Raises RuntimeError after a shutdown.
         """

@@ -42,6 +42,8 @@ def create_batcher(
     interceptors: Iterable[grpc.ServerInterceptor] = (),
     health: bool = False,
     reflection: bool = False,
+    open_inference: bool = False,
+    model_name: str | None = None,
 ) -> MukoeBatcher:
     """Return a batcher, not yet started, that serves a model to many callers.
 
@@ -67,8 +69,8 @@ def create_batcher(
     host: the address to listen on, such as "127.0.0.1" or "::1", or a unix socket such as "unix:/run/batcher.sock",
         which has no port. The default is every IPv4 interface.
     max_message_bytes: the largest request accepted; larger ones get RESOURCE_EXHAUSTED.
-    max_queue_size: the most requests that may wait; the next one gets RESOURCE_EXHAUSTED. At least batch_size; None
-        stands for the larger of 8,192 and twice batch_size.
+    max_queue_size: the most requests, or with `arrays` rows, that may wait; the next gets RESOURCE_EXHAUSTED. At least
+        batch_size; None stands for the larger of 8,192 and twice batch_size.
     max_queue_bytes: the most bytes that waiting requests may hold together; a request that would exceed it gets
         RESOURCE_EXHAUSTED. The default is 1 GiB; leave room for a batch, or none is ever full.
     max_streams: the most callers' streams open at once; the next one gets RESOURCE_EXHAUSTED.
@@ -82,6 +84,9 @@ def create_batcher(
     health: whether to serve gRPC's health service as well: SERVING from the end of `start` to the beginning of
         `shutdown`.
     reflection: whether to serve gRPC's reflection service as well, which tools such as grpcurl ask what there is.
+    open_inference: whether to serve the Open Inference Protocol, KServe's and Triton's, as well, from the same batches.
+        Only with `arrays`, of dtypes that the protocol has.
+    model_name: the model's name in that protocol; None for that of `model`.
 
     Raises ValueError or TypeError naming the argument, its value and what is allowed; for `health`, `reflection` and
     `arrays` ImportError naming what to install.
@@ -129,11 +134,13 @@ def create_batcher(
     for interceptor in interceptors:
         if not isinstance(interceptor, grpc.ServerInterceptor):
             raise TypeError(f"interceptors contains {interceptor!r}, which is not a grpc.ServerInterceptor")
+    inference_name = _checked_inference(open_inference, model_name, model, declared)
     return MukoeBatcher(
         model=kind,
         batch_process_fn=batch_process_fn,
         arrays=declared,
         batch_sizes=sizes,
+        inference_name=inference_name,
         warm_up=_checked_warm_up(warm_up, batch_size, has_arrays=declared is not None),
         batch_size=int(batch_size),
         batch_timeout_s=float(batch_timeout_s),
@@ -181,6 +188,22 @@ def _checked_sizes(batch_sizes: Iterable[int] | None, batch_size: int, *, has_ar
         f"ints from 1 to batch_size ({batch_size}), which must be one of them",
     )
     return sorted({int(size) for size in sizes})
+
+
+def _checked_inference(
+    is_served: bool, model_name: str | None, model: str, declared: Mapping[str, Array] | None
+) -> str | None:
+    """Return the model's name in the Open Inference Protocol; None if that is not to be served."""
+    if not is_served:
+        if model_name is not None:
+            raise ValueError(f"model_name is {model_name!r}, but only open_inference=True gives the model a name")
+        return None
+    if declared is None:
+        raise ValueError("open_inference is True, but its requests are arrays; give arrays, too")
+    if model_name is None:
+        return model
+    _check("model_name", model_name, isinstance(model_name, str) and model_name != "", "a text that is not empty")
+    return model_name
 
 
 def _checked_warm_up(warm_up: Any, batch_size: int, *, has_arrays: bool) -> bool | list[Any]:

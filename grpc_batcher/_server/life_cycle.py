@@ -14,6 +14,8 @@ from typing import Any
 import grpc
 
 from .. import _process
+from .._errors import BatcherError
+from .._models import BadResultError
 from .._transport import choice
 from . import signals_and_exit
 from .batch_loop import BatchLoop
@@ -68,6 +70,7 @@ class LifeCycle:
         credentials: grpc.ServerCredentials | None,
         interceptors: tuple[grpc.ServerInterceptor, ...],
         standard_services: StandardServices,
+        other_handlers: tuple[grpc.GenericRpcHandler, ...],
     ) -> None:
         self.port = port
         self.failure: BaseException | None = None
@@ -77,6 +80,7 @@ class LifeCycle:
         self._interceptors = interceptors
         self._standard_services = standard_services
         self._service = service
+        self._handlers = (service, *other_handlers)
         self._room = service.room
         self._options = (
             # Two servers would share a port, and each get some of the requests.
@@ -157,23 +161,25 @@ class LifeCycle:
     def _warm_up(self, is_unwanted: Callable[[], bool]) -> None:
         """Start the batch thread and wait until the callback is warm, or the server is no longer wanted.
 
-        Raises what the callback raises.
+        Raises what the callback raises, and BatcherError for results that cannot be sent.
         """
-        warm = self._loop.warm_up()
+        warm = self._loop.start()
         while not wait((warm,), signals_and_exit.SIGNAL_CHECK_S).done:
             if self._shutdown_begun or is_unwanted():
                 return
-        warm.result()
+        try:
+            warm.result()
+        except BadResultError as error:
+            raise BatcherError(f"the callback cannot be warmed up: it {error}") from error.__cause__
 
     def _listen(self) -> None:
-        """Open the port, and have the batch thread serve."""
+        """Open the port. The batch thread takes batches already."""
         server = grpc.server(
-            self._threads, handlers=(self._service,), interceptors=self._interceptors, options=self._options
+            self._threads, handlers=self._handlers, interceptors=self._interceptors, options=self._options
         )
         self._standard_services.add_to(server)
         self.port = listen(server, self._host, self.port, self._credentials)
         server.start()
-        self._loop.serve()
         self._server = server
 
     def _log_start(self) -> None:
@@ -223,7 +229,6 @@ class LifeCycle:
             self.wait_until_shut_down(grace_s)
             return
         try:
-            self._standard_services.say_serving(False)
             self._shut_down(grace_s)
         finally:
             with self._changed:
@@ -237,10 +242,12 @@ class LifeCycle:
             return
         connection_grace_s = _STREAM_END_GRACE_S
         try:
+            self._standard_services.say_serving(False)
             if not self._drain(grace_s):
                 connection_grace_s = _SLOW_CONNECTION_GRACE_S
-        finally:  # even if Ctrl-C, or a log handler that raises, interrupts it
+        finally:  # even if Ctrl-C, a lack of memory, or a log handler that raises, interrupts it
             self._room.abandon()
+            self._loop.end()
             self._stop_server(connection_grace_s)
             self._threads.shutdown()
 

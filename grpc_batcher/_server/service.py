@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
+from typing import Protocol, TypeVar
 
 import grpc
 
 from .. import _core
-from .._contract import METHOD
+from .._contract import METHOD, POOLED_KEY
 from .._transport import choice
 from .._transport.interface import StreamEnd
 from .callback import Callback
 from .metrics import Recorder
 from .session import SHUTTING_DOWN, Session
+
+
+class OpenStream(Protocol):
+    """What a shutdown must know about a caller's stream. A Session is one."""
+
+    @property
+    def has_unsent_reply(self) -> bool:
+        """Whether a reply or a status is still to be sent."""
+
+    def shut_down(self) -> None:
+        """End the stream: the batcher accepts nothing more, and has given up on requests without an outcome."""
+
+
+_Stream = TypeVar("_Stream", bound=OpenStream)
 
 
 class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -35,7 +51,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         self.recorder = recorder
         self.max_connection_age_s = max_connection_age_s
         self._max_streams = max_streams
-        self._sessions: set[Session] = set()
+        self._sessions: set[OpenStream] = set()
         self._is_closing = False
         self._changed = threading.Condition()
 
@@ -43,10 +59,14 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         """Return the handler of a new stream; None for methods that are not ours."""
         if handler_call_details.method != METHOD:
             return None
-        return choice.stream_handler(self.open_session)
+        if any(key == POOLED_KEY for key, _value in handler_call_details.invocation_metadata):
+            return choice.stream_handler(partial(self.open_session, make=partial(Session, pooled=True)))
+        return choice.stream_handler(partial(self.open_session, make=Session))
 
-    def open_session(self, context: grpc.ServicerContext) -> Session:
-        """Raises StreamEnd if too many streams are open, or the batcher is shutting down."""
+    def open_session(
+        self, context: grpc.ServicerContext, make: Callable[[Service, grpc.ServicerContext], _Stream]
+    ) -> _Stream:
+        """Open what `make` returns. Raises StreamEnd if too many streams are open, or the batcher is shutting down."""
         if self.room.closed:
             raise StreamEnd(grpc.StatusCode.UNAVAILABLE, SHUTTING_DOWN)
         with self._changed:
@@ -55,11 +75,11 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
                     f"{self._max_streams} streams are open, which is the most allowed (max_streams)",
                 )
-            session = Session(self, context)
+            session = make(self, context)
             self._sessions.add(session)
             return session
 
-    def session_closed(self, session: Session) -> None:
+    def session_closed(self, session: OpenStream) -> None:
         with self._changed:
             self._sessions.discard(session)
         self.session_changed()

@@ -9,7 +9,7 @@ import logging
 import re
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -46,11 +46,18 @@ class Session:
     has_unsent_reply: whether a reply or a status is still to be sent.
     """
 
-    def __init__(self, service: Service, context: grpc.ServicerContext) -> None:
+    def __init__(
+        self,
+        service: Service,
+        context: grpc.ServicerContext,
+        source: _core.Stream | None = None,
+        *,
+        pooled: bool = False,
+    ) -> None:
         self.stream: ServerStream | None = None
         self.has_unsent_reply = False
         self._service = service
-        self._source = service.room.open_stream(self)
+        self._source = service.room.open_stream(self, pooled=pooled) if source is None else source
         self._deadline_ns = _deadline_ns(context.time_remaining())
         self._too_old_ns = _too_old_ns(context, service.max_connection_age_s)
         # Makes "pushed" and "counted as taken in" one step, so that a shutdown on another thread sees both or neither.
@@ -58,6 +65,7 @@ class Session:
         # These four are guarded by it.
         self._is_closed = False
         self._is_retired = False  # whether its status is about to be sent because its connection is too old
+        self._is_released = False
         self._taken_in = 0  # requests that were pushed
         self._is_unanswered = False  # whether the last of them is still to be counted in the metrics
 
@@ -65,7 +73,7 @@ class Session:
         """Let a request in. Raises StreamEnd if it is refused."""
         self.has_unsent_reply = True
         try:
-            request, rows = self._service.callback.read_request(message)
+            request, rows = self.read_request(message)
             with self._lock:
                 if self._is_retired:  # the caller sends it again, on another stream
                     raise self._retirement()
@@ -75,17 +83,28 @@ class Session:
                     self._is_unanswered = True
                     return ticket
         except BadRequestError as error:
-            raise self._failed(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
+            raise self.failed(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
         except _core.QueueFullError as error:
             limit = "max_queue_bytes" if isinstance(error, _core.QueueBytesFullError) else "max_queue_size"
-            raise self._failed(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{error} ({limit})") from None
+            raise self.failed(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{error} ({limit})") from None
         except _core.RoomClosedError:
-            raise self._failed(grpc.StatusCode.UNAVAILABLE, SHUTTING_DOWN) from None
-        raise self._failed(*_ENDS[_core.LEFT])
+            raise self.failed(grpc.StatusCode.UNAVAILABLE, SHUTTING_DOWN) from None
+        raise self.failed(*_ENDS[_core.LEFT])
 
     def exchange(self, message: bytes) -> bytes:
         """Let a request in, wait for its answer and return the reply. Raises StreamEnd."""
-        ticket = self.accept(message)
+        return self.answer(self.accept(message))
+
+    def read_request(self, message: bytes) -> tuple[Any, int]:
+        """Return the request in a message, and how many rows it has. Raises BadRequestError or StreamEnd."""
+        return self._service.callback.read_request(message)
+
+    def write_reply(self, outcome: Any) -> bytes:
+        """Return the message for a request's outcome. Raises OverflowError or StreamEnd."""
+        return self._service.callback.encode(outcome)
+
+    def answer(self, ticket: _core.Ticket) -> bytes:
+        """Wait for the answer to a request that was let in, and return the reply. Raises StreamEnd."""
         ticket.wait()
         return self._encode(ticket)
 
@@ -143,7 +162,7 @@ class Session:
             return
         self.has_unsent_reply = True  # until the status is out, which queues behind a reply still on its way
         if self._count_once():
-            stream.end(self._failed(*_ENDS[_core.CLOSED]))
+            stream.end(self.failed(*_ENDS[_core.CLOSED]))
         else:
             stream.end(self._end(grpc.StatusCode.UNAVAILABLE, SHUTTING_DOWN))
 
@@ -151,7 +170,9 @@ class Session:
         """The stream is over; drop its request if one waits. May be called again."""
         with self._lock:
             self._is_closed = True
-        self._source.close()
+            is_released = self._is_released
+        if not is_released:
+            self._source.close()
         self.stream = None  # it refers back to this session
         self.has_unsent_reply = False
         self._service.session_closed(self)
@@ -160,22 +181,30 @@ class Session:
             code, _details = _ENDS[_core.EXPIRED if late else _core.LEFT]
             self._service.recorder.request_failed(code.name)
 
+    def release(self) -> _core.Stream | None:
+        """Return the source, which outlives the session from now on; None if the session is closed already."""
+        with self._lock:
+            if self._is_closed:
+                return None
+            self._is_released = True
+        return self._source
+
     def _encode(self, ticket: _core.Ticket) -> bytes:
         """Return the message that answers a ticket that has ended. Raises StreamEnd."""
         if not self._count_once():  # the stream was closed meanwhile
             raise self._end(*_ENDS[_core.LEFT])
         state = ticket.state
         if state != _core.FINISHED:
-            raise self._failed(*_ENDS[state])
+            raise self.failed(*_ENDS[state])
         outcome = ticket.outcome
         if isinstance(outcome, Failed):
-            raise self._failed(grpc.StatusCode.INTERNAL, outcome.text)
+            raise self.failed(grpc.StatusCode.INTERNAL, outcome.text)
         recorder = self._service.recorder
         begin_ns = time.monotonic_ns() if recorder.timed else 0
         try:
-            reply = self._service.callback.encode(outcome)
+            reply = self.write_reply(outcome)
         except OverflowError as error:
-            raise self._failed(grpc.StatusCode.INTERNAL, f"the answer cannot be sent: {error}") from None
+            raise self.failed(grpc.StatusCode.INTERNAL, f"the answer cannot be sent: {error}") from None
         end_ns = time.monotonic_ns() if recorder.timed else 0
         recorder.request_answered(end_ns - begin_ns, end_ns - ticket.pushed_ns)
         return reply
@@ -186,7 +215,7 @@ class Session:
             is_unanswered, self._is_unanswered = self._is_unanswered, False
         return is_unanswered
 
-    def _failed(self, code: grpc.StatusCode, details: str) -> StreamEnd:
+    def failed(self, code: grpc.StatusCode, details: str) -> StreamEnd:
         """Count a failed request, and return its status."""
         self._service.recorder.request_failed(code.name)
         return self._end(code, details)

@@ -16,7 +16,8 @@ import grpc
 from .. import _process
 from . import direct_server, grpcio_private, public
 from .direct_client import DirectClientStream
-from .interface import ClientStream, Metadata, ServerSession
+from .direct_pooled import DirectPooledStream
+from .interface import ClientStream, Metadata, PooledClientStream, ServerSession
 
 _logger = logging.getLogger("grpc_batcher")
 
@@ -83,6 +84,20 @@ def open_stream(channel: grpc.Channel, method: str, metadata: Metadata) -> Clien
                 raise
             _client.give_up_direct(error)
     return public.PublicClientStream(channel, method, metadata)
+
+
+def open_pooled_stream(
+    channel: grpc.Channel, method: str, metadata: Metadata, on_over: Callable[[], None]
+) -> PooledClientStream:
+    """Open a stream to a server that tells of its replies; `on_over` is called when it has ended."""
+    if _why_public(channel) is None:
+        try:
+            return DirectPooledStream(channel, method, metadata, on_over, _client.give_up_direct)
+        except (AttributeError, TypeError) as error:
+            if not grpcio_private.is_mismatch(error):
+                raise
+            _client.give_up_direct(error)
+    return public.PublicPooledStream(channel, method, metadata, on_over)
 
 
 def log_client_transport(address: str, channel: grpc.Channel) -> None:

@@ -36,6 +36,20 @@ class CallEnd(grpc.RpcError):  # type: ignore[misc]
         super().__init__(code, details)
         self._end = code, details, trailing_metadata
 
+    @classmethod
+    def of(cls, status: Any) -> CallEnd:
+        """Return the end that a received status describes."""
+        return cls(
+            _STATUS_CODES.get(status.code(), grpc.StatusCode.UNKNOWN),
+            str(status.details()),
+            status.trailing_metadata(),
+        )
+
+    @classmethod
+    def by_mismatch(cls, error: Exception) -> CallEnd:
+        """Return the end of a request for which grpcio turned out to differ from what this transport needs."""
+        return cls(grpc.StatusCode.UNAVAILABLE, f"grpcio is not as expected: {error}")
+
     def code(self) -> grpc.StatusCode:
         return self._end[0]
 
@@ -86,17 +100,12 @@ class DirectClientStream:
                     return reply  # type: ignore[no-any-return]
             while self._status is None:
                 self._next_event(_STATUS)
-            code = self._status.code()
-            end = CallEnd(
-                _STATUS_CODES.get(code, grpc.StatusCode.UNKNOWN),
-                str(self._status.details()),
-                self._status.trailing_metadata(),
-            )
+            end = CallEnd.of(self._status)
         except (AttributeError, TypeError) as error:
             if not is_mismatch(error):
                 raise
             self._on_mismatch(error)
-            end = CallEnd(grpc.StatusCode.UNAVAILABLE, f"grpcio is not as expected: {error}")
+            end = CallEnd.by_mismatch(error)
         if end.code() is grpc.StatusCode.OK:
             return None
         raise end

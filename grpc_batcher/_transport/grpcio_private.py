@@ -1,6 +1,6 @@
 """grpcio's private names that the direct transport uses: all of them, and only here.
 
-They are the same in grpcio 1.49.1, 1.62.3, 1.71.2 and 1.85.1. grpcio builds its own streams from each of them, so none
+They are the same in grpcio 1.49.1, 1.62.3, 1.71.2 and 1.85.3. grpcio builds its own streams from each of them, so none
 is likely to change alone.
 
 Server, from grpc._server:
@@ -17,6 +17,10 @@ Client, from grpc._channel and grpc._cython.cygrpc:
         cygrpc.Channel.
     cygrpc.Channel.segregated_call: makes a call with its own completion queue, as grpcio's blocking calls do. Its
         result, a SegregatedCall, has `operate`, `next_event` and `cancel`, and lives while operations are outstanding.
+    _channel_managed_call_management: grpcio's own way to make a call on the channel's one completion queue, for which
+        grpcio runs one thread per channel as long as there is such a call. The thread calls an event's tag with the
+        event, and takes from it whether the call is over. The result, an IntegratedCall, has `operate` and `cancel`.
+    Channel._call_state: what that needs to know of its channel.
     PropagationConstants.GRPC_PROPAGATE_DEFAULTS, StatusCode.cancelled: constants of gRPC's C API.
 Both, from grpc._cython.cygrpc:
     the operations that send and receive metadata, messages and the status.
@@ -62,6 +66,7 @@ _get_initial_metadata_operation = _find("grpc._server", "_get_initial_metadata_o
 _is_rpc_state_active = _find("grpc._server", "_is_rpc_state_active")
 _possibly_finish_call = _find("grpc._server", "_possibly_finish_call")
 _Context = _find("grpc._server", "_Context")
+_channel_managed_call_management = _find("grpc._channel", "_channel_managed_call_management")
 _PlainChannel = _find("grpc._channel", "Channel")
 _RPCState = _find("grpc._server", "_RPCState")
 _stream_response_in_pool = _find("grpc._server", "_stream_response_in_pool")
@@ -107,6 +112,11 @@ def missing_for_client() -> str | None:
         _check_arguments("SegregatedCall.operate", None, (), None)
         _check_arguments("SegregatedCall.next_event", None)
         _check_arguments("SegregatedCall.cancel", None, 0, "")
+        _check_arguments("IntegratedCall.operate", None, (), None)
+        _check_arguments("IntegratedCall.cancel", None, 0, "")
+        _pooled_arguments(_channel_managed_call_management(None), b"", (), None)
+        if "_call_state" not in _PlainChannel.__init__.__code__.co_names:
+            return "a channel has no _call_state"
     except (AttributeError, TypeError) as error:
         return str(error)
     return None
@@ -141,8 +151,8 @@ def is_newer_than_tested(version: str = grpc.__version__) -> bool:
 def is_mismatch(error: Exception) -> bool:
     """Whether an AttributeError or TypeError shows that grpcio differs from what the direct transport needs.
 
-    It was then raised in this package or in grpcio. A signal handler of the user's may raise such errors, too, in the
-    midst of a call.
+    It was then raised in this package or in grpcio. A user's signal handler may raise such errors, too, during a
+    call.
     """
     innermost = error.__traceback__
     while innermost is not None and innermost.tb_next is not None:
@@ -202,3 +212,28 @@ def open_call(channel: grpc.Channel, method: str, operations: Sequence[tuple[Seq
     return channel._channel.segregated_call(
         cygrpc.PropagationConstants.GRPC_PROPAGATE_DEFAULTS, method.encode(), None, None, None, None, operations
     )
+
+
+def open_pooled_call(
+    channel: grpc.Channel, method: str, operations: Sequence[Sequence[Any]], tag: Callable[[Any], bool]
+) -> Any:
+    """Open a call on the channel's completion queue: an IntegratedCall.
+
+    operations: batches of operations to start with.
+    tag: called with the event of each on grpcio's thread. It must return whether the call is over, and never raise.
+    """
+    create = _channel_managed_call_management(channel._call_state)
+    return create(*_pooled_arguments(create, method.encode(), operations, tag))
+
+
+def _pooled_arguments(create: Any, method: bytes, operations: Sequence[Sequence[Any]], tag: Any) -> tuple[Any, ...]:
+    """Return what grpcio's function that makes a call takes: from grpcio 1.63 on, a handle of the method, too."""
+    flags = cygrpc.PropagationConstants.GRPC_PROPAGATE_DEFAULTS
+    arguments: tuple[Any, ...] = (flags, method, None, None, None, None, operations, tag, None)
+    if "_registered_call_handle" in inspect.signature(create).parameters:
+        arguments = (*arguments, None)
+    try:
+        inspect.signature(create).bind(*arguments)
+    except TypeError as error:
+        raise TypeError(f"_channel_managed_call_management{inspect.signature(create)}: {error}") from None
+    return arguments

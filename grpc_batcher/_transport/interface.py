@@ -6,6 +6,7 @@ speaks to the layer below it and saves most of the thread switches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
@@ -90,6 +91,36 @@ class ClientStream(Protocol):
 
     def close(self) -> None:
         """Cancel the stream and release what it holds."""
+
+
+# What is called when a request on a pooled stream has ended: with its reply; with None and the error (as `exchange`
+# raises it); or with None and None if the server ended the stream with OK instead.
+OnEnd = Callable[[bytes | None, Any], None]
+
+
+class PooledClientStream(Protocol):
+    """A transport's client end of a stream whose replies come on a thread of the transport, for one request at a time.
+
+    It is opened with `on_over`, which is called once, when the stream has ended and holds nothing any more.
+    """
+
+    def start(self, message: bytes, on_end: OnEnd) -> None:
+        """Send a request. `on_end` is called once, on a thread of the transport, or at once if the stream has ended.
+
+        Only one thread at a time may call this.
+        """
+
+    def is_alive(self) -> bool:
+        """Whether the stream can take another request, as far as this end knows."""
+
+    def trailing_metadata(self) -> Any:
+        """The metadata that the server ended the stream with. Call this once `is_alive` says that it has ended."""
+
+    def cancel(self) -> None:
+        """End the stream at once. May be called from any thread, and again."""
+
+    def close(self) -> None:
+        """Cancel the stream. It is over a moment later."""
 
 
 Metadata = tuple[tuple[str, Any], ...]

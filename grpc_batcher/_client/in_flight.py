@@ -1,0 +1,100 @@
+"""What stands for requests whose replies nobody's thread waits for: a future for one, and a wait for several."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+from .exchange import Exchange, Exchanges
+
+
+class RequestFuture(Future[Any]):
+    """The outcome of a request. It is pending until then, so that `cancel` works all the time.
+
+    exchange: the request on its way; None if it was never sent.
+    """
+
+    exchange: Exchange | None = None
+
+    def cancel(self) -> bool:
+        """Withdraw the request; its callback may be running, and runs on. Returns False if the outcome is there."""
+        if not super().cancel():
+            return False
+        if self.exchange is not None:
+            self.exchange.cancel()
+        return True
+
+    def finish(self, outcome: Any) -> None:
+        """Set the result, or the exception if the outcome is one. Those who wait for a cancelled future learn of it."""
+        if not self.set_running_or_notify_cancel():
+            return
+        if isinstance(outcome, Exception):
+            self.set_exception(outcome)
+        else:
+            self.set_result(outcome)
+
+
+def send_all(
+    exchanges: Exchanges, messages: Sequence[Callable[[], bytes]], due_ns: int | None
+) -> list[bytes | Exception]:
+    """Send all messages and wait until all have ended. Returns the reply or the error of each, in the same order.
+
+    messages: what returns each message, or raises the error that stands in its place.
+
+    Raises RuntimeError, after all have ended, if the client was closed before all were sent.
+    """
+    ends: list[Any] = [None] * len(messages)
+    pending = _Countdown(len(messages))
+
+    def end(number: int, reply: bytes | None, error: Exception | None) -> None:
+        ends[number] = error if reply is None else reply
+        pending.count()
+
+    begun: list[Exchange] = []
+    try:
+        first = 0
+        while first < len(messages):
+            count = exchanges.places.take_free(len(messages) - first) or int(exchanges.places.take(due_ns))
+            if count == 0:
+                end(first, None, exchanges.no_place())
+                first += 1
+                continue
+            batch = []
+            for number in range(first, first + count):
+                try:
+                    batch.append((messages[number](), partial(end, number)))
+                except Exception as error:
+                    exchanges.places.free()
+                    end(number, None, error.with_traceback(None))
+            begun += exchanges.begin(batch, due_ns)
+            first += count
+        pending.wait()
+    except BaseException:  # such as Ctrl-C, or the client was closed
+        for exchange in begun:
+            exchange.cancel()
+        raise
+    return ends
+
+
+class _Countdown:
+    """Waits until something has happened a number of times, which may be 0."""
+
+    def __init__(self, left: int) -> None:
+        self._left = left
+        self._lock = threading.Lock()
+        self._is_over = threading.Event()
+        if left == 0:
+            self._is_over.set()
+
+    def count(self) -> None:
+        with self._lock:
+            self._left -= 1
+            is_over = self._left == 0
+        if is_over:
+            self._is_over.set()
+
+    def wait(self) -> None:
+        self._is_over.wait()
