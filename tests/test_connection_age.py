@@ -73,6 +73,21 @@ def test_no_request_fails_however_short_connections_live(
     assert account.failed == {}
 
 
+@pytest.mark.parametrize(("server_interceptors", "client_interceptors"), TRANSPORTS)
+@pytest.mark.parametrize("options", [(), (ROUND_ROBIN,)], ids=["one server", "balanced"])
+def test_no_request_of_many_in_flight_fails_however_short_connections_live(
+    server_interceptors: Any, client_interceptors: Any, options: Any
+) -> None:
+    with (
+        serving(batch_size=8, batch_timeout_s=0.001, max_connection_age_s=0.02, interceptors=server_interceptors) as batcher,
+        connect(batcher, options=options, interceptors=client_interceptors) as client,
+    ):
+        names = [b"%d" % number for number in range(8)]
+        for _ in range(30):
+            assert client.send_many(names) == [answer(name) for name in names]
+        assert set(batcher.metrics().requests) == {"OK"}
+
+
 @pytest.mark.parametrize("interceptors", [(), (PassThrough(),)], ids=["direct", "public"])
 def test_a_request_that_outlives_the_age_is_answered_and_the_next_one_connects_again(interceptors: Any) -> None:
     with (
@@ -174,6 +189,7 @@ class NameServer(BaseResolver):
 
     def __exit__(self, *_: object) -> None:
         self._server.stop()
+        self._server.server.server_close()
 
 
 def host_of_this_process(number: int) -> str:
