@@ -7,7 +7,8 @@ SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.p* grpc_b
 
 # What depends neither on the transport nor on gRPC's poller, or chooses both for itself.
 NOT_OVER_SOCKETS := $(wildcard tests/test_core*) $(patsubst %,tests/test_%.py,wire array array_codec leaks callback session \
-	docs layout build_script uncompiled process interrupts tracing open_inference triton_client)
+	docs layout build_script uncompiled process interrupts tracing open_inference triton_client \
+	ray_replicas)
 OVER_SOCKETS := $(filter-out $(NOT_OVER_SOCKETS),$(wildcard tests/test_*.py))
 
 # How many tests run at once; most of them wait for something.
@@ -16,13 +17,18 @@ SOAK_S ?= 600
 FUZZ_S ?= 300
 DEBUG_TESTS ?= tests
 
-.PHONY: demo demo-jax test test-transports test-triton matrix bench soak lint docs debug tsan asan fuzz wheels dist proto check-proto clean
+.PHONY: demo demo-jax demo-ray test test-transports test-triton test-ray matrix bench soak lint docs debug tsan asan fuzz wheels dist proto check-proto clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/atari_demo.py
 
 demo-jax: $(VENV)/installed-demo-jax
 	$(BIN)/python examples/jax_muzero.py
+
+# In an environment of its own: Ray is large.
+demo-ray:
+	$(MAKE) $(VENV)-ray/installed-demo-ray VENV=$(VENV)-ray
+	$(VENV)-ray/bin/python examples/ray_atari.py
 
 test: $(VENV)/installed-test
 	$(BIN)/pytest -n $(TEST_PROCESSES) tests
@@ -41,6 +47,11 @@ test-triton:
 	$(MAKE) $(VENV)-triton/installed-triton VENV=$(VENV)-triton
 	$(VENV)-triton/bin/pytest -q tests/test_triton_client.py
 
+# Replicas on a real Ray, and the page about them.
+test-ray:
+	$(MAKE) $(VENV)-ray/installed-test-ray VENV=$(VENV)-ray
+	$(VENV)-ray/bin/pytest -q tests/test_ray_replicas.py tests/test_docs.py -k "ray or scaling"
+
 # The tests with the oldest and the newest releases, on each Python here. MATRIX_ROWS="3.10-oldest 3.13-newest" and
 # MATRIX_TESTS="core wire" choose; `nox --list` names the rows. With GRPC_BATCHER_TRANSPORT, only the tests over sockets.
 matrix: $(VENV)/installed-matrix
@@ -58,6 +69,7 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck .ci/run scripts/*.sh
+	$(BIN)/kubernetes-validate --strict docker/kubernetes.yaml
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint grpc_batcher
 	PATH="$(abspath $(BIN)):$$PATH" actionlint $(wildcard .github/workflows/*.yml)
 	$(BIN)/zizmor --offline --quiet .github

@@ -80,7 +80,7 @@ def anchors(text: str) -> set[str]:
 
 DEFAULT_PORT = 50051
 # An example that imports one of these is skipped where it is not installed.
-OPTIONAL_MODULES = ("jax", "ml_dtypes", "prometheus_client")
+OPTIONAL_MODULES = ("jax", "ml_dtypes", "prometheus_client", "ray")
 # The example in docs/new-model.md needs a changed package: see below.
 BLOCKS = [(name, block) for name, text in TEXTS.items() if text is not NEW_MODEL for block in blocks(text, "python")]
 SERVER_EXAMPLES = [(name, block) for name, block in BLOCKS if "serve_forever(" in block]

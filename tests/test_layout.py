@@ -15,13 +15,16 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "grpc_batcher"
 
-FOLDERS = {"_server", "_client", "_transport", "_cli"}
+FOLDERS = {"_server", "_client", "_transport", "_cli", "_replicas", "ray"}
 
 # What a part, which is a folder or a module at the top, must not import.
 FORBIDDEN = {
-    "_server": {"_client", "_cli"},
-    "_client": {"_server", "_cli"},
-    "_transport": {"_server", "_client", "_cli"},
+    "_server": {"_client", "_cli", "_replicas", "ray"},
+    "_client": {"_server", "_cli", "_replicas", "ray"},
+    "_transport": {"_server", "_client", "_cli", "_replicas", "ray"},
+    "_cli": {"_replicas", "ray"},
+    "_replicas": {"_transport", "_cli"},
+    "ray": {"_transport", "_cli"},
     **dict.fromkeys(("_arrays", "_core", "_wire", "_contract", "_errors", "_process", "_models", "_array"), FOLDERS),
     "_info": {"_server", "_client", "_cli"},
     "prometheus": {"_client", "_transport", "_cli"},
@@ -90,7 +93,7 @@ def test_no_other_file_uses_private_attributes_of_grpcios_objects(file: str) -> 
 
 def test_every_part_is_known() -> None:
     parts = {part_of(file) for file in files()}
-    assert parts == set(FORBIDDEN) | {"__init__", "__main__", "_cli", "_version"}
+    assert parts == set(FORBIDDEN) | {"__init__", "__main__", "_version"}
 
 
 def test_no_two_classes_share_a_name() -> None:
@@ -128,6 +131,6 @@ def test_the_package_exports_exactly_the_names_in_all() -> None:
     assert public | {"__version__"} == set(grpc_batcher.__all__)
 
 
-def test_prometheus_is_the_only_public_module() -> None:
+def test_prometheus_and_ray_are_the_only_public_modules() -> None:
     modules = {entry.name for entry in PACKAGE.iterdir() if not entry.name.startswith((".", "_"))}
-    assert modules - {"py.typed"} == {"prometheus.py"}
+    assert modules - {"py.typed"} == {"prometheus.py", "ray.py"}
