@@ -35,12 +35,13 @@ test: $(VENV)/installed-test
 
 # The tests over sockets again. `make test` has both ends direct and tuned. With these three, server and client have run in
 # all four pairings of transports, and each transport on each end both tuned and with gRPC's and glibc's own defaults.
-AGAIN := $(BIN)/pytest -q -n $(TEST_PROCESSES) $(OVER_SOCKETS)
-UNTUNED := GRPC_BATCHER_TUNE_GRPC=0 GRPC_BATCHER_TUNE_MALLOC=0
+# MIXED_TESTS="client transports" chooses what runs with a different transport on each end.
+AGAIN := $(BIN)/pytest -q -n $(TEST_PROCESSES)
+MIXED := GRPC_BATCHER_TUNE_GRPC=0 GRPC_BATCHER_TUNE_MALLOC=0 $(AGAIN) $(or $(patsubst %,tests/test_%.py,$(MIXED_TESTS)),$(OVER_SOCKETS))
 test-transports: $(VENV)/installed-test
-	GRPC_BATCHER_TRANSPORT=public $(AGAIN)
-	GRPC_BATCHER_TRANSPORT=public/direct $(UNTUNED) $(AGAIN)
-	GRPC_BATCHER_TRANSPORT=direct/public $(UNTUNED) $(AGAIN)
+	GRPC_BATCHER_TRANSPORT=public $(AGAIN) $(OVER_SOCKETS)
+	GRPC_BATCHER_TRANSPORT=public/direct $(MIXED)
+	GRPC_BATCHER_TRANSPORT=direct/public $(MIXED)
 
 # tritonclient needs an older protobuf than the other tests.
 test-triton:

@@ -82,8 +82,9 @@ class Model:
         except (KeyError, ValueError):
             return None
 
+    @cached_property
     def field_numbers(self) -> dict[str, int]:
-        """Return the number of its message in MukoeRequest, and those of its arguments in that message."""
+        """The number of its message in MukoeRequest, and those of its arguments in that message."""
         field = MukoeRequest.DESCRIPTOR.fields_by_name[self.message_field]
         assert field.message_type is not None
         parts = field.message_type.fields_by_name

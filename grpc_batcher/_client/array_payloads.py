@@ -40,7 +40,7 @@ class ArrayPayloads:
                 "other names"
             )
         action = arguments.pop("action", 0)
-        numbers = model.field_numbers()
+        numbers = model.field_numbers
         described = []
         count = None
         for name, value in arguments.items():

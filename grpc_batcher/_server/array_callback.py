@@ -57,7 +57,7 @@ class ArrayCallback:
         self._published = published
         self._recorder = recorder
         self._warms_up = warms_up
-        numbers = model.field_numbers()
+        numbers = model.field_numbers
         self.reader = _arrays.RequestReader(
             numbers[model.message_field],
             [

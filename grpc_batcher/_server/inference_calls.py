@@ -32,7 +32,7 @@ VERSION = "1"
 _IDLE_NS = 1_000_000_000
 
 
-class Model:
+class ServedModel:
     """The one model that is served, in one version.
 
     Raises NoDatatypeError if the protocol has no datatype for a declared array.
@@ -95,7 +95,7 @@ class Places:
 class Call(Session):
     """One request. Its reply is a ModelInferResponse."""
 
-    def __init__(self, service: Service, context: grpc.ServicerContext, model: Model, places: Places) -> None:
+    def __init__(self, service: Service, context: grpc.ServicerContext, model: ServedModel, places: Places) -> None:
         super().__init__(service, context, places.take())
         self._model = model
         self._places = places
@@ -174,7 +174,7 @@ class CallStream:
     worth of requests are in flight, so that a caller who takes no answers costs no more memory than that.
     """
 
-    def __init__(self, service: Service, context: grpc.ServicerContext, model: Model, places: Places) -> None:
+    def __init__(self, service: Service, context: grpc.ServicerContext, model: ServedModel, places: Places) -> None:
         self._service = service
         self._context = context
         self._make_call = partial(_CallOnStream, service, context, model, places)

@@ -14,7 +14,7 @@ from .._proto import open_inference_pb2 as messages
 from .._transport.interface import StreamEnd
 from .._version import __version__
 from .array_callback import ArrayCallback
-from .inference_calls import VERSION, Call, CallStream, Model, Places
+from .inference_calls import VERSION, Call, CallStream, Places, ServedModel
 from .inference_tensors import NoDatatypeError, tensor_metadata
 from .service import Service
 
@@ -31,7 +31,7 @@ class OpenInference(grpc.GenericRpcHandler):  # type: ignore[misc]
     def __init__(self, service: Service, callback: ArrayCallback, model_name: str) -> None:
         self._service = service
         self._callback = callback
-        self._model = Model(model_name, callback)
+        self._model = ServedModel(model_name, callback)
         self._places = Places(service.room)
         self._handlers = {
             "ServerLive": self._plain(messages.ServerLiveRequest, self._server_live),

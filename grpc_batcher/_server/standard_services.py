@@ -18,6 +18,7 @@ class StandardServices:
 
     def __init__(self, *, health: bool, reflection: bool) -> None:
         self._health = None
+        self._is_serving: bool | None = None
         self._reflection = None
         if health:
             try:
@@ -46,8 +47,9 @@ class StandardServices:
             self._reflection.enable_server_reflection((*names, self._reflection.SERVICE_NAME), server)
 
     def say_serving(self, is_serving: bool) -> None:
-        """Set what Check answers, and notify watchers."""
-        if self._health is not None:
+        """Set what Check answers, and notify watchers if it changes."""
+        if self._health is not None and is_serving is not self._is_serving:
+            self._is_serving = is_serving
             from grpc_health.v1.health_pb2 import HealthCheckResponse
 
             status = HealthCheckResponse.SERVING if is_serving else HealthCheckResponse.NOT_SERVING
