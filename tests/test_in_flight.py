@@ -525,7 +525,7 @@ def test_requests_in_flight_go_to_all_servers_and_survive_the_end_of_one() -> No
         with MukoeBatcherClient(servers, options=options) as client:
 
             def steps() -> set[int]:
-                """Who answers. A server on the public transport cannot say what it took in of idle streams as it ends."""
+                """Who answers. A public server cannot say what it took in of idle streams as it ends."""
                 ends = client.send_many([b"x"] * 20, return_exceptions=True)
                 errors = [end for end in ends if isinstance(end, RequestError)]
                 assert {error.code() for error in errors} <= {grpc.StatusCode.UNAVAILABLE}
