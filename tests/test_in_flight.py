@@ -587,7 +587,7 @@ FORKS = """
 
     client = MukoeBatcherClient(sys.argv[1], max_in_flight=1)
     child = os.fork()
-    print(client.submit(b"x").result(), flush=True)
+    os.write(1, f"{client.submit(b'x').result()}\\n".encode())  # at once: both sides write here
     if child:
         assert os.waitpid(child, 0)[1] == 0
 """
