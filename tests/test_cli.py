@@ -915,7 +915,8 @@ def test_a_token_in_the_environment_may_contain_spaces_and_no_error_shows_it(fol
 SLOW_MODULE = """
     import time
     print("loading", flush=True)
-    time.sleep(3600)
+    while True:  # a single long sleep would not notice a signal that comes just before it starts
+        time.sleep(0.01)
 """
 
 
