@@ -10,6 +10,7 @@ Prints a table and writes it as JSON. It needs `pip install ".[bench-ray]"`.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import http.client
 import json
 import os
@@ -38,6 +39,7 @@ CALLERS_PER_REPLICA = 32
 CALLER_PROCESSES = 2
 CALLERS_PER_CLIENT = 8
 COUNTS = (1, 2, 4)
+WARM_UP_S = 1.0
 DATA = bytes(64)
 SHARED = {"num_cpus": 0}  # a real replica would have an accelerator of its own
 
@@ -66,7 +68,7 @@ class Deployment:
 
     @serve.batch(max_batch_size=BATCH_SIZE, batch_wait_timeout_s=BATCH_TIMEOUT_S)
     async def infer(self, requests: list[bytes]) -> list[bytes]:
-        time.sleep(CALLBACK_S)
+        await asyncio.sleep(CALLBACK_S)  # a model that blocks would hold up its event loop
         return [self._pid] * len(requests)
 
     async def __call__(self, request: Any) -> bytes:
@@ -103,7 +105,11 @@ def ask_http(_clients: list[Any], _caller: int) -> Callable[[], bytes]:
 
     def ask() -> bytes:
         connection.request("POST", "/", DATA)
-        return connection.getresponse().read()
+        response = connection.getresponse()
+        answer = response.read()
+        if response.status != 200:
+            raise RuntimeError(f"Ray Serve answers with status {response.status}: {answer!r:.200}")
+        return answer
 
     return ask
 
@@ -130,9 +136,9 @@ class Callers:
         callers: int,
         seconds: float,
     ) -> Counter[bytes]:
-        """Return how many answers came from each process, after as long a warm-up."""
+        """Return how many answers came from each process, after a warm-up."""
         counts: list[Counter[bytes]] = [Counter() for _ in range(callers)]
-        begin_s = time.monotonic() + seconds
+        begin_s = time.monotonic() + WARM_UP_S
         errors: list[Exception] = []
 
         def run(number: int) -> None:
@@ -153,6 +159,8 @@ class Callers:
             thread.start()
         for thread in threads:
             thread.join()
+        for client in clients:
+            client.close()
         if errors:
             raise errors[0]
         return sum(counts, Counter())
@@ -192,23 +200,19 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one short round: to see that it runs, not to compare")
     parser.add_argument("--output", type=Path, default=Path("build/replicas.json"), help="where to write the results")
     options = parser.parse_args()
-    rounds, seconds = (1, 1.0) if options.quick else (5, 4.0)
+    rounds, seconds = (1, 1.0) if options.quick else (3, 3.0)
     output = options.output.resolve()
 
     here = Path(__file__).resolve().parent
     results: dict[str, list[Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # Ray's processes would import the uncompiled package from the project's root
-        ray.init(
-            namespace="benchmark",
-            include_dashboard=False,
-            log_to_driver=False,
-            runtime_env={"env_vars": {"PYTHONPATH": str(here)}},
-        )
+        os.environ["PYTHONPATH"] = str(here)  # where they find this file
+        ray.init(namespace="benchmark", include_dashboard=False, log_to_driver=False, logging_level="WARNING")
         for number in range(rounds):
-            for count in COUNTS:
-                print(f"round {number + 1} of {rounds}, {count} replicas", flush=True)
-                run_round(count, seconds, results)
+            print(f"round {number + 1} of {rounds}", flush=True)
+            measure_replicas(seconds, results)
+            measure_serve(seconds, results)
         ray.shutdown()
         os.chdir(here)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -217,23 +221,27 @@ def main() -> int:
     return 0
 
 
-def run_round(count: int, seconds: float, results: dict[str, list[Any]]) -> None:
-    replicas = launch(make_batcher, count, actor_options=SHARED)
-    results.setdefault(f"grpc_batcher/{count}", []).append(measure(ask_replicas, replicas.client, count, seconds))
-    if count == 1:
-        results.setdefault("replacement_s", []).append(time_to_replacement_s(replicas))
+def measure_replicas(seconds: float, results: dict[str, list[Any]]) -> None:
+    replicas = launch(make_batcher, COUNTS[0], actor_options=SHARED)
+    results.setdefault("replacement_s", []).append(time_to_replacement_s(replicas))
+    for count in COUNTS:
+        replicas.scale(count)
+        results.setdefault(f"grpc_batcher/{count}", []).append(measure(ask_replicas, replicas.client, count, seconds))
     replicas.shutdown()
 
+
+def measure_serve(seconds: float, results: dict[str, list[Any]]) -> None:
     serve.start(
         http_options={"port": HTTP_PORT},
         grpc_options=gRPCOptions(port=GRPC_PORT, grpc_servicer_functions=["replicas.add_servicer"]),
     )
-    deployment = serve.deployment(Deployment).options(
-        num_replicas=count, max_ongoing_requests=2 * CALLERS_PER_REPLICA, ray_actor_options=SHARED
-    )
-    serve.run(deployment.bind(), name="default")
-    results.setdefault(f"serve HTTP/{count}", []).append(measure(ask_http, None, count, seconds))
-    results.setdefault(f"serve gRPC/{count}", []).append(measure(ask_grpc, None, count, seconds))
+    for count in COUNTS:
+        deployment = serve.deployment(Deployment).options(
+            num_replicas=count, max_ongoing_requests=2 * CALLERS_PER_REPLICA, ray_actor_options=SHARED
+        )
+        serve.run(deployment.bind(), name="default")
+        results.setdefault(f"serve HTTP/{count}", []).append(measure(ask_http, None, count, seconds))
+        results.setdefault(f"serve gRPC/{count}", []).append(measure(ask_grpc, None, count, seconds))
     serve.shutdown()
 
 

@@ -17,6 +17,7 @@ from ._contract import check_duration  # first: this package chooses how gRPC po
 
 try:
     import ray
+    from ray import cloudpickle
 except ImportError as error:
     raise ImportError(
         'grpc_batcher.ray needs Ray, which cannot be imported here: pip install "grpc-batcher[ray]"'
@@ -79,13 +80,13 @@ def launch(
             max_task_retries=-1,
             max_concurrency=_DIRECTORY_CALLS,
         )
-        .remote(actor_name, make_batcher, options)
+        .remote(actor_name, cloudpickle.dumps(make_batcher), options)
     )
     replicas = Replicas(directory, actor_name)
     try:
         replicas.scale(count)
-    except BaseException:
-        ray.kill(directory, no_restart=True)
+    except BaseException:  # such as Ctrl-C while Ray has no place for one
+        replicas.shutdown(grace_s=0)
         raise
     return replicas
 
@@ -141,7 +142,9 @@ class Replicas:
 
         grace_s: how long the surplus ones may take to answer what they have taken in, in seconds.
 
-        Raises what the first replica raised that could not start; there are then as many as before.
+        Raises what the first replica raised that could not start; there are then as many as before. Waits for as long as
+        Ray has no place for a replica; a later call, of this or another program, takes over, and this one raises
+        RuntimeError.
         """
         _check_count(count)
         check_duration("grace_s", grace_s)

@@ -87,7 +87,7 @@ def public() -> list[griffe.Object | griffe.Alias]:
     loader.resolve_aliases()
     found = [
         member
-        for module in (package, package["prometheus"])
+        for module in (package, package["ray"], package["prometheus"])
         for name, member in module.members.items()
         if name in (module.exports or ()) and not name.startswith("__")
     ]
@@ -98,8 +98,9 @@ def public() -> list[griffe.Object | griffe.Alias]:
 def reference(names: list[griffe.Object | griffe.Alias]) -> str:
     """The page of the public names, of which mkdocstrings shows the docstrings."""
     introduction = (
-        "The public names with their signatures and docstrings. All are imported from `grpc_batcher`, "
-        "`BatcherCollector` from `grpc_batcher.prometheus`. [API](api.md) has the same as tables."
+        "The public names with their signatures and docstrings. All are imported from `grpc_batcher`, apart from those "
+        "of replicas (`grpc_batcher.ray`) and the collectors (`grpc_batcher.prometheus`). [API](api.md) has the same as "
+        "tables."
     )
     return "\n\n".join(["# Reference", introduction, *(f"::: {each.path}" for each in names)])
 

@@ -91,6 +91,18 @@ class Ledger:
         self.answers += 1
         return True
 
+    def ask_many(self, client: MukoeBatcherClient, names: Sequence[str]) -> None:
+        """Send requests at once and record their outcomes."""
+        for name in names:
+            self._write("asked", name)
+        data = [f"{name} ".encode() for name in names]
+        for name, sent, end in zip(names, data, client.send_many(data, return_exceptions=True), strict=True):
+            if isinstance(end, RequestError):
+                self._write("failed", name, end.code().name)
+            else:
+                self._write("answered" if end == _proof_for(sent) else "got-another's-answer", name)
+                self.answers += 1
+
     def keep_asking(
         self,
         client: MukoeBatcherClient,
@@ -108,6 +120,17 @@ class Ledger:
             time.sleep(thinking_s if is_answered else _PAUSE_S)
 
     # ---- the account ----
+
+    def unended(self) -> set[str]:
+        """Return the requests that have neither been answered nor failed yet."""
+        unended: set[str] = set()
+        for line in self._path.read_text().splitlines():
+            kind, *words = line.split(" ")
+            if kind == "asked":
+                unended.update(words)
+            elif kind in ("answered", "failed"):
+                unended.discard(words[0])
+        return unended
 
     def note_gone(self, names: Iterable[str]) -> None:
         """Record that the server knows that these requests, or all requests of these callers, are gone."""

@@ -129,6 +129,8 @@ def test_the_examples_are_found() -> None:
         ("docs/clients.md", False),
         ("docs/metrics.md", False),
         ("docs/production.md", False),
+        ("docs/scaling.md", False),
+        ("docs/scaling.md", False),
     ]
     assert [name for name, _ in SERVER_EXAMPLES] == ["docs/production.md"]
 
@@ -220,6 +222,15 @@ def test_the_public_members_and_their_signatures_are_as_documented(owner: type) 
         actual.add(owner.__name__ + signature_of(owner))
     documented = names_in_first_column(section(owner.__name__, API))
     assert sorted(documented) == sorted(actual)
+
+
+def test_the_names_of_grpc_batcher_ray_and_their_signatures_are_as_documented() -> None:
+    pytest.importorskip("ray")
+    from grpc_batcher.ray import Replicas, connect, launch
+
+    members = {name: member for name, member in vars(Replicas).items() if not name.startswith("_")}
+    actual = {name + signature_of(each) for name, each in {"launch": launch, "connect": connect, **members}.items()}
+    assert sorted(names_in_first_column(section("Replicas", API))) == sorted(actual)
 
 
 def test_the_fields_of_the_metrics_are_as_documented() -> None:

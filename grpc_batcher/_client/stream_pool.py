@@ -166,7 +166,9 @@ class StreamPool:
         return loan
 
     def _is_usable(self, loan: Loan) -> bool:
-        return self._is_welcome(loan) and loan.stream.is_alive() and not (self._balanced and loan.renewal_ns <= time.monotonic_ns())
+        if self._balanced and loan.renewal_ns <= time.monotonic_ns():
+            return False
+        return self._is_welcome(loan) and bool(loan.stream.is_alive())
 
     def _is_welcome(self, loan: Loan) -> bool:
         """Whether the stream's server is still the one to use."""

@@ -10,9 +10,11 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
+import grpc
 import ray
 
 from .._client.client import MukoeBatcherClient
+from .._errors import RequestError
 
 # How soon a client asks again after the directory did not answer.
 _RETRY_NS = 1_000_000_000
@@ -63,14 +65,26 @@ class _DirectoryRoute:
 
     def target(self) -> str:
         if not self._target:
-            self._note(self._ask().result())
+            self._find_first()
         elif time.monotonic_ns() >= self._asks_ns:
             with self._lock:
                 if self._is_asking:
                     return self._target
                 self._is_asking = True
-            self._ask().add_done_callback(self._note_answer)
+            try:
+                self._ask().add_done_callback(self._note_answer)
+            except Exception:  # this process has left Ray
+                self._note_silence()
         return self._target
+
+    def _find_first(self) -> None:
+        """Wait for the directory's first answer. Raises RequestError if there is no replica now."""
+        try:
+            self._note(self._ask().result())
+        except ray.exceptions.RayError as error:
+            raise RequestError(grpc.StatusCode.UNAVAILABLE, f"the replicas' directory does not answer: {error}") from None
+        if not self._target:
+            raise RequestError(grpc.StatusCode.UNAVAILABLE, "no replica serves now; they are being restarted")
 
     def lost(self, target: str) -> None:
         with self._lock:
@@ -80,10 +94,14 @@ class _DirectoryRoute:
             self._asks_ns = 0
 
     def leave(self) -> None:
-        with suppress(Exception):  # the directory forgets the client in any case, a few seconds later
-            self._directory.leave.remote(self._client)
+        """The client was closed."""
+        if ray.is_initialized():
+            with suppress(Exception):  # the directory forgets the client in any case, a few seconds later
+                self._directory.leave.remote(self._client)
 
     def _ask(self) -> Future[Any]:
+        if not ray.is_initialized():  # Ray would start anew
+            raise ray.exceptions.RaySystemError("this process has left Ray")
         future: Future[Any] = self._directory.check_in.remote(self._client, self._target_replica()).future()
         return future
 
@@ -96,18 +114,21 @@ class _DirectoryRoute:
         try:
             self._note(answer.result())
         except Exception:  # it is away, or gone for good; the replicas may be there all the same
-            with self._lock:
-                self._asks_ns = time.monotonic_ns() + _RETRY_NS
-        finally:
+            self._note_silence()
+
+    def _note_silence(self) -> None:
+        with self._lock:
+            self._asks_ns = time.monotonic_ns() + _RETRY_NS
             self._is_asking = False
 
     def _note(self, answer: tuple[list[str], float]) -> None:
         replicas, pause_s = answer
         with self._lock:
-            if not self._replicas or replicas[0] != self._replicas[0]:
+            if replicas and replicas[:1] != self._replicas[:1]:
                 self._target = _target_of(replicas)
-            self._replicas = replicas
+            self._replicas = replicas or self._replicas
             self._asks_ns = time.monotonic_ns() + int(pause_s * 1e9)
+            self._is_asking = False
 
 
 def _target_of(replicas: Sequence[str]) -> str:

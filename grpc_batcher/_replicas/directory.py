@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 
-from .._server.batcher import MukoeBatcher
 from .._server.metrics import Metrics
 from .replica import NOTHING_PUBLISHED, Publication, Replica
 
@@ -24,8 +23,11 @@ _MAX_CHECK_INS_PER_S = 500
 _LEASE_INTERVALS = 6
 
 # How soon the directory looks again at a replica that is being restarted, and tries again to start one that failed.
-_RESTART_POLL_S = 0.1
+_POLL_S = 0.1
 _FAILURE_PAUSE_S = 1.0
+
+# How long a restarted directory waits for a replica to say what it knows. One that Ray has no place for yet is silent.
+_RECOVERY_LIMIT_S = 10.0
 
 # How many threads serve a replica's methods. One always waits in `wait`.
 _REPLICA_THREADS = 8
@@ -34,17 +36,36 @@ _REPLICA_THREADS = 8
 class _Entry:
     """What the directory knows of a replica.
 
+    is_new: whether it was created by this incarnation of the directory, and never served yet.
     address: where it serves; None while it starts or is restarted.
-    ready: done when it serves for the first time, or has failed to.
+    failure: why it did not come to serve.
     """
 
-    def __init__(self, number: int, actor: Any) -> None:
+    def __init__(self, number: int, actor: Any, *, is_new: bool) -> None:
         self.number = number
         self.actor = actor
+        self.is_new = is_new
         self.address: str | None = None
         self.is_draining = False
-        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.failure: BaseException | None = None
         self.follower: asyncio.Task[None] | None = None
+        self.drain: asyncio.Task[None] | None = None
+        self._is_decided = asyncio.Event()  # whether it comes to serve
+
+    def serves(self, address: str) -> None:
+        self.address = address
+        self.is_new = False
+        self._is_decided.set()
+
+    def fails(self, error: BaseException) -> None:
+        self.failure = error
+        self._is_decided.set()
+
+    async def wait_until_it_serves(self) -> None:
+        """Raises what kept it from serving."""
+        await self._is_decided.wait()
+        if self.failure is not None:
+            raise self.failure
 
 
 class _Client:
@@ -61,15 +82,15 @@ class Directory:
     Ray restarts it if it dies. It then finds the replicas by their names, and asks them what was published last.
     """
 
-    def __init__(self, name: str, make_batcher: Callable[[], MukoeBatcher], actor_options: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, pickled_make_batcher: bytes, actor_options: Mapping[str, Any]) -> None:
         self._name = name
-        self._make_batcher = make_batcher
+        self._pickled_make_batcher = pickled_make_batcher  # only replicas can be sure to have what it imports
         self._actor_options = dict(actor_options)
         self._replicas: dict[int, _Entry] = {}
         self._clients: dict[str, _Client] = {}
         self._publication = NOTHING_PUBLISHED
         self._recovery: asyncio.Task[None] | None = None
-        self._change = asyncio.Lock()  # one change of the number of replicas at a time
+        self._scaling: asyncio.Task[None] | None = None
         self._shut_down = asyncio.Event()
 
     # ---- what replicas call ----
@@ -85,13 +106,14 @@ class Directory:
         """Return the addresses of all replicas, the one that the client should use first, and when to ask again.
 
         address: of the replica that the client uses now; "" for none.
+
+        There are no addresses while all replicas are being restarted.
         """
         await self._recovered()
-        now_s = time.monotonic()
-        pause_s = max(_CHECK_IN_S, len(self._clients) / _MAX_CHECK_INS_PER_S)
-        self._forget_clients(now_s - _LEASE_INTERVALS * pause_s)
-        while not (serving := self._serving()):
-            await asyncio.sleep(_RESTART_POLL_S)
+        pause_s = self._forget_clients()
+        serving = self._serving()
+        if not serving:
+            return [], pause_s
         clients = dict.fromkeys(serving, 0)
         for name, each in self._clients.items():
             if each.number in clients and name != client:
@@ -106,7 +128,7 @@ class Directory:
         if number not in clients or clients[number] > clients[least]:
             number = least
         self._clients[client] = known = known or _Client(number)
-        known.number, known.seen_s = number, now_s
+        known.number, known.seen_s = number, time.monotonic()
         others = sorted((each for each in serving if each != number), key=lambda each: (clients[each], each))
         return [str(serving[each].address) for each in (number, *others)], pause_s
 
@@ -119,17 +141,35 @@ class Directory:
     async def scale(self, count: int, grace_s: float) -> None:
         """Have this many replicas. Raises what the first one raised that could not start; the new ones are gone then."""
         await self._recovered()
-        async with self._change:
-            staying = [entry for entry in self._replicas.values() if not entry.is_draining]
-            if len(staying) > count:
-                await asyncio.gather(*(self._drain(entry, grace_s) for entry in staying[count:]))
-            added = [self._create() for _ in range(count - len(staying))]
-            try:
-                await asyncio.gather(*(entry.ready for entry in staying[:count]), *(entry.ready for entry in added))
-            except BaseException:
-                for entry in added:
-                    self._remove(entry)
-                raise
+        self._stop_scaling()
+        self._scaling = asyncio.get_running_loop().create_task(self._scale(count, grace_s))
+        try:
+            await self._scaling
+        except asyncio.CancelledError:
+            raise RuntimeError(f"scaling to {count} was given up for a later call of scale or shutdown") from None
+
+    def _stop_scaling(self) -> None:
+        """A later call decides. What the earlier one created counts as there; what it drains goes on draining."""
+        if self._scaling is not None:
+            self._scaling.cancel()
+
+    async def _scale(self, count: int, grace_s: float) -> None:
+        staying = [entry for entry in self._replicas.values() if not entry.is_draining]
+        surplus, staying = staying[count:], staying[:count]
+        for entry in surplus:
+            entry.is_draining = True
+            entry.drain = asyncio.get_running_loop().create_task(self._drain(entry, grace_s))
+        added: list[_Entry] = []
+        try:
+            while len(staying) + len(added) < count:
+                added.append(self._create())
+            await asyncio.gather(*(entry.wait_until_it_serves() for entry in (*staying, *added)))
+        except Exception:
+            await asyncio.gather(*map(self._end, added))
+            raise
+        for entry in surplus:
+            assert entry.drain is not None
+            await asyncio.shield(entry.drain)
 
     async def publish(self, box: list[Any], step: int) -> None:
         """Return when all replicas that serve now have the weights."""
@@ -158,15 +198,14 @@ class Directory:
     async def shut_down(self, grace_s: float) -> None:
         """End all replicas."""
         await self._recovered()
-        async with self._change:
-            entries = tuple(self._replicas.values())
-            for entry in entries:
-                entry.is_draining = True
-            await asyncio.gather(
-                *(entry.actor.drain.remote(grace_s) for entry in entries if entry.address), return_exceptions=True
-            )
-            for entry in entries:
-                self._remove(entry)
+        self._stop_scaling()
+        entries = tuple(self._replicas.values())
+        for entry in entries:
+            entry.is_draining = True
+        await asyncio.gather(
+            *(entry.actor.drain.remote(grace_s) for entry in entries if entry.address), return_exceptions=True
+        )
+        await asyncio.gather(*map(self._end, entries))
 
     # ---- replicas ----
 
@@ -189,33 +228,36 @@ class Directory:
                 lifetime="detached",
                 max_concurrency=_REPLICA_THREADS,
             )
-            .remote(self._actor_name(number), self._make_batcher, directory, self._name)
+            .remote(self._actor_name(number), self._pickled_make_batcher, directory, self._name)
         )
-        return self._add(number, actor)
+        return self._add(number, actor, is_new=True)
 
-    def _add(self, number: int, actor: Any) -> _Entry:
-        entry = self._replicas[number] = _Entry(number, actor)
+    def _add(self, number: int, actor: Any, *, is_new: bool) -> _Entry:
+        entry = self._replicas[number] = _Entry(number, actor, is_new=is_new)
         entry.follower = asyncio.get_running_loop().create_task(self._follow(entry))
         return entry
 
-    def _remove(self, entry: _Entry) -> None:
-        if self._replicas.pop(entry.number, None) is not None:
-            entry.is_draining = True
-            ray.kill(entry.actor, no_restart=True)
+    async def _end(self, entry: _Entry) -> None:
+        """End a replica's process. Its number is free when this returns."""
+        entry.is_draining = True
+        ray.kill(entry.actor, no_restart=True)
+        while self._has_name(entry):
+            await asyncio.sleep(_POLL_S)
+        if self._replicas.get(entry.number) is entry:
+            del self._replicas[entry.number]
 
     async def _drain(self, entry: _Entry, grace_s: float) -> None:
         """Let a replica's clients move to others, then have it answer what it has taken in, and end it."""
-        entry.is_draining = True
         end_s = time.monotonic() + grace_s
         while any(client.number == entry.number for client in self._clients.values()) and time.monotonic() < end_s:
-            await asyncio.sleep(_RESTART_POLL_S)
-            pause_s = max(_CHECK_IN_S, len(self._clients) / _MAX_CHECK_INS_PER_S)
-            self._forget_clients(time.monotonic() - _LEASE_INTERVALS * pause_s)
-        try:
-            await entry.actor.drain.remote(max(end_s - time.monotonic(), 0.0))
-        except ray.exceptions.RayError as error:
-            _logger.warning("replica %d died while it drained: %s", entry.number, error)
-        self._remove(entry)
+            await asyncio.sleep(_POLL_S)
+            self._forget_clients()
+        if entry.address:
+            try:
+                await entry.actor.drain.remote(max(end_s - time.monotonic(), 0.0))
+            except ray.exceptions.RayError as error:
+                _logger.warning("replica %d died while it drained: %s", entry.number, error)
+        await self._end(entry)
 
     async def _follow(self, entry: _Entry) -> None:
         """Keep a replica serving, and know where, until it is drained or Ray does not restart it any more."""
@@ -225,28 +267,31 @@ class Directory:
                 address = await entry.actor.serve.remote(publication)
                 if publication is not self._publication:
                     continue  # it must not serve older weights than the others
-                entry.address = address
-                if not entry.ready.done():
-                    entry.ready.set_result(None)
-                await entry.actor.wait.remote()
+                entry.serves(address)
+                while not await entry.actor.wait_until_it_ended.remote():
+                    pass
                 entry.address = None
                 if not entry.is_draining:
                     _logger.warning("the batcher of replica %d has ended; the replica is restarted", entry.number)
                     ray.kill(entry.actor, no_restart=False)
-            except ray.exceptions.RayActorError:
+            except ray.exceptions.RayActorError as error:
                 entry.address = None
                 if entry.is_draining:
                     return
-                if not self._has_name(entry):  # Ray has given up on it, or somebody killed it
-                    _logger.warning("replica %d is gone for good", entry.number)
+                is_gone = not self._has_name(entry)  # Ray has given up on it, or somebody killed it
+                if is_gone:
+                    _logger.warning("replica %d is gone for good: %s", entry.number, error)
                     self._replicas.pop(entry.number, None)
-                    if not entry.ready.done():
-                        entry.ready.set_exception(RuntimeError(f"replica {entry.number} died before it was ready"))
+                if is_gone or entry.is_new:
+                    entry.fails(RuntimeError(f"replica {entry.number} died before it served: {error}"))
                     return
-                await asyncio.sleep(_RESTART_POLL_S)
+                await asyncio.sleep(_POLL_S)
             except Exception as error:
-                if not entry.ready.done():
-                    entry.ready.set_exception(_cause_of(error))
+                entry.address = None
+                if entry.is_draining:
+                    return
+                if entry.is_new:
+                    entry.fails(_cause_of(error))
                     return
                 _logger.exception("replica %d does not start; it is restarted", entry.number)
                 await asyncio.sleep(_FAILURE_PAUSE_S)
@@ -260,8 +305,12 @@ class Directory:
             return False
         return True
 
-    def _forget_clients(self, before_s: float) -> None:
+    def _forget_clients(self) -> float:
+        """Forget those that have not asked for long. Returns how soon a client should ask again."""
+        pause_s = max(_CHECK_IN_S, len(self._clients) / _MAX_CHECK_INS_PER_S)
+        before_s = time.monotonic() - _LEASE_INTERVALS * pause_s
         self._clients = {name: client for name, client in self._clients.items() if client.seen_s >= before_s}
+        return pause_s
 
     # ---- after a restart ----
 
@@ -278,11 +327,23 @@ class Directory:
             number = name.removeprefix(prefix)
             if name.startswith(prefix) and number.isdecimal():
                 found[int(number)] = ray.get_actor(name)
-        answers = await asyncio.gather(*(actor.publication.remote() for actor in found.values()), return_exceptions=True)
-        known = [answer for answer in answers if isinstance(answer, Publication)]
-        self._publication = max([self._publication, *known], key=lambda each: each.number)
+        answers = await asyncio.gather(*map(_publication_of, found.values()))
+        self._publication = max((NOTHING_PUBLISHED, *answers), key=lambda each: each.number)
         for number, actor in sorted(found.items()):
-            self._add(number, actor)
+            self._add(number, actor, is_new=False)
+
+
+async def _publication_of(actor: Any) -> Publication:
+    """Return what a replica knows to be published last."""
+    try:
+        found: Publication = await asyncio.wait_for(_awaitable(actor.publication.remote()), _RECOVERY_LIMIT_S)
+    except (ray.exceptions.RayError, asyncio.TimeoutError):
+        return NOTHING_PUBLISHED
+    return found
+
+
+async def _awaitable(reference: Any) -> Any:
+    return await reference
 
 
 def _cause_of(error: Exception) -> BaseException:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray import cloudpickle
 
 from .._contract import is_unix_socket
 from .._server.batcher import MukoeBatcher
@@ -21,6 +22,9 @@ _EVERY_INTERFACE = ("0.0.0.0", "::", "")
 
 # How long a replica whose directory is gone for good answers what it has taken in.
 _LAST_GRACE_S = 5.0
+
+# How long the directory's call waits for the batcher's end, at most. It occupies a thread after the directory has died.
+_WAIT_S = 5.0
 
 
 class Publication:
@@ -41,11 +45,11 @@ NOTHING_PUBLISHED = Publication([], 0, 0)
 
 
 class Replica:
-    """The methods of the actor. All but `wait` return soon; Ray runs them on several threads."""
+    """The methods of the actor. Ray runs them on several threads."""
 
-    def __init__(self, name: str, make_batcher: Callable[[], MukoeBatcher], directory: Any, directory_name: str) -> None:
+    def __init__(self, name: str, pickled_make_batcher: bytes, directory: Any, directory_name: str) -> None:
         self._name = name
-        self._make_batcher = make_batcher
+        self._pickled_make_batcher = pickled_make_batcher
         self._directory_name = directory_name
         self._batcher: MukoeBatcher | None = None
         self._address = ""
@@ -57,7 +61,8 @@ class Replica:
         """Start the batcher with these weights, and return its address. Called again, only returns the address."""
         with self._lock:
             if self._batcher is None:
-                batcher = self._make_batcher()
+                make_batcher: Callable[[], MukoeBatcher] = cloudpickle.loads(self._pickled_make_batcher)
+                batcher = make_batcher()
                 if not isinstance(batcher, MukoeBatcher):
                     raise TypeError(f"make_batcher returned {batcher!r:.200}; it must return what create_batcher returns")
                 batcher._life.port = 0  # several replicas share a machine
@@ -78,11 +83,10 @@ class Replica:
         """Return what was published last, for a directory that has forgotten it."""
         return self._publication
 
-    def wait(self) -> None:
-        """Return when the batcher has ended."""
+    def wait_until_it_ended(self) -> bool:
+        """Wait until the batcher has ended, for a few seconds. Returns whether it has."""
         assert self._batcher is not None
-        while not self._batcher._life.wait_until_shut_down(3600.0):
-            pass
+        return self._batcher._life.wait_until_shut_down(_WAIT_S)
 
     def metrics(self) -> Metrics | None:
         """Return the batcher's counters; None if it is not started."""
@@ -122,6 +126,8 @@ def _exists(name: str) -> bool:
         ray.get_actor(name)
     except ValueError:
         return False
+    except ray.exceptions.RayError:  # Ray itself does not answer
+        return True
     return True
 
 
