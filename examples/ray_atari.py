@@ -42,7 +42,12 @@ class Actor:
     """Plays one game."""
 
     def play(
-        self, game_name: str, seed: int, repr_client: MukoeBatcherClient, dyna_client: MukoeBatcherClient, seconds: float
+        self,
+        game_name: str,
+        seed: int,
+        repr_client: MukoeBatcherClient,
+        dyna_client: MukoeBatcherClient,
+        seconds: float,
     ) -> ActorReport:
         report = ActorReport(game_name)
         game, rng = AtariGame(game_name, seed), np.random.default_rng(seed)
@@ -63,8 +68,7 @@ def main() -> int:
     os.chdir(Path(__file__).parent)  # where Ray's processes find this program's modules
     ray.init(namespace="atari", include_dashboard=False, log_to_driver=False)
     encoders, dynamics = (
-        launch(partial(make_batcher, model), REPLICAS, actor_options=SHARED, name=model)
-        for model in ("repr", "dyna")
+        launch(partial(make_batcher, model), REPLICAS, actor_options=SHARED, name=model) for model in ("repr", "dyna")
     )
     print(f"{options.actors} actors play for {options.seconds:.0f} s, with {REPLICAS} replicas of each network")
     publish(encoders, dynamics, step_number=0)
@@ -107,9 +111,7 @@ def print_reports(reports: list[ActorReport], steps: int) -> None:
     print(f"\n{'game':16}{'moves/s':>9}{'points':>8}{'weights':>9}{'sent again':>12}")
     for report in reports:
         moves_per_s = report.moves / report.play_s
-        print(
-            f"{report.game:16}{moves_per_s:9.1f}{report.points:8}{report.weights_version:9}{report.failed_tries:12}"
-        )
+        print(f"{report.game:16}{moves_per_s:9.1f}{report.points:8}{report.weights_version:9}{report.failed_tries:12}")
     total = sum(len(report.repr_latencies_ms) + len(report.dyna_latencies_ms) for report in reports)
     again = sum(report.failed_tries for report in reports)
     print(f"\n{total} requests were answered with {steps} versions of the weights, and {again} had to be sent again.")

@@ -88,9 +88,7 @@ class ReplicasCollector(Collector):
         )
 
 
-def _families(
-    label_names: Sequence[str], samples: Iterable[tuple[tuple[str, ...], Metrics, bool]]
-) -> Iterator[Metric]:
+def _families(label_names: Sequence[str], samples: Iterable[tuple[tuple[str, ...], Metrics, bool]]) -> Iterator[Metric]:
     """Return the metrics of several batchers. A sample is the batcher's labels, its counters, and whether it serves."""
     requests = CounterMetricFamily(
         "grpc_batcher_requests", "Requests that ended, by the name of their gRPC status.", labels=(*label_names, "code")

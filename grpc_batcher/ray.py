@@ -142,16 +142,16 @@ class Replicas:
 
         grace_s: how long the surplus ones may take to answer what they have taken in, in seconds.
 
-        Raises what the first replica raised that could not start; there are then as many as before. Waits for as long as
-        Ray has no place for a replica; a later call, of this or another program, takes over, and this one raises
-        RuntimeError.
+        Raises what the first replica raised that could not start; there are then as many as before. Waits for as long
+        as Ray has no place for a replica. A later call, of this or another program, takes over from one that waits,
+        which then raises RuntimeError.
         """
         _check_count(count)
         check_duration("grace_s", grace_s)
         ray.get(self._directory.scale.remote(count, grace_s))
 
     def metrics(self) -> dict[str, Metrics]:
-        """Return each replica's counters, by the replica's number: "0", "1" and so on. Those being restarted are absent."""
+        """Return each replica's counters, by its number: "0", "1" and so on. Those being restarted are absent."""
         found: dict[str, Metrics] = ray.get(self._directory.metrics.remote())
         return found
 

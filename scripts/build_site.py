@@ -99,8 +99,8 @@ def reference(names: list[griffe.Object | griffe.Alias]) -> str:
     """The page of the public names, of which mkdocstrings shows the docstrings."""
     introduction = (
         "The public names with their signatures and docstrings. All are imported from `grpc_batcher`, apart from those "
-        "of replicas (`grpc_batcher.ray`) and the collectors (`grpc_batcher.prometheus`). [API](api.md) has the same as "
-        "tables."
+        "of replicas (`grpc_batcher.ray`) and the collectors (`grpc_batcher.prometheus`). [API](api.md) has the same "
+        "as tables."
     )
     return "\n\n".join(["# Reference", introduction, *(f"::: {each.path}" for each in names)])
 

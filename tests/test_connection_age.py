@@ -79,7 +79,9 @@ def test_no_request_of_many_in_flight_fails_however_short_connections_live(
     server_interceptors: Any, client_interceptors: Any, options: Any
 ) -> None:
     with (
-        serving(batch_size=8, batch_timeout_s=0.001, max_connection_age_s=0.02, interceptors=server_interceptors) as batcher,
+        serving(
+            batch_size=8, batch_timeout_s=0.001, max_connection_age_s=0.02, interceptors=server_interceptors
+        ) as batcher,
         connect(batcher, options=options, interceptors=client_interceptors) as client,
     ):
         names = [b"%d" % number for number in range(8)]

@@ -419,8 +419,10 @@ def trial(replicas: Replicas, ledger: Ledger, name: str) -> Iterator[None]:
     """Have callers ask until this is left."""
     replicas.scale(2)
     with ExitStack() as stack:
-        clients = [stack.enter_context(replicas.client()) for _ in range(CALLERS)]
-        stack.enter_context(asking(ledger, name, [Way(way, client) for way, client in zip(itertools.cycle(WAYS), clients)]))  # type: ignore[misc]  # noqa: B905
+        clients: list[Any] = []
+        for _, way in zip(range(CALLERS), itertools.cycle(WAYS), strict=False):
+            clients.append(Way(way, stack.enter_context(replicas.client())))
+        stack.enter_context(asking(ledger, name, clients))
         eventually(lambda: streams_of(replicas) == [4, 4])
         wait_for_answers(ledger, 100)
         yield
@@ -614,7 +616,7 @@ def test_prometheus_gets_the_metrics_of_all_replicas_each_with_its_label(pids: R
 
 
 def test_importing_the_package_does_not_import_ray(tmp_path: Path) -> None:
-    assert run_program(
-        tmp_path, "import sys, grpc_batcher, grpc_batcher.prometheus\nprint('ray' in sys.modules)"
-    ) == ["False"]
+    assert run_program(tmp_path, "import sys, grpc_batcher, grpc_batcher.prometheus\nprint('ray' in sys.modules)") == [
+        "False"
+    ]
     assert not hasattr(grpc_batcher, "launch")

@@ -14,8 +14,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import grpc
-
 from .. import _process
 from .._contract import CONNECTION_AGE_KEY, METHOD, POOLED_KEY, RECONNECT_KEY
 from .._transport import choice

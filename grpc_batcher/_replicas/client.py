@@ -26,13 +26,13 @@ class ReplicaClient(MukoeBatcherClient):
     def __init__(self, directory: Any, name: str, **options: Any) -> None:
         self._directory = directory
         self._name = name
-        self._route = _DirectoryRoute(directory)
+        self._route = self._directory_route = _DirectoryRoute(directory)
         super().__init__(name, **options)
 
     def close(self) -> None:
         """Close all streams and the connection; requests in flight fail with CANCELLED. May be called again."""
         super().close()
-        self._route.leave()
+        self._directory_route.leave()
 
     def __reduce__(self) -> tuple[Any, ...]:
         _, (_, options) = super().__reduce__()
@@ -82,7 +82,9 @@ class _DirectoryRoute:
         try:
             self._note(self._ask().result())
         except ray.exceptions.RayError as error:
-            raise RequestError(grpc.StatusCode.UNAVAILABLE, f"the replicas' directory does not answer: {error}") from None
+            raise RequestError(
+                grpc.StatusCode.UNAVAILABLE, f"the replicas' directory does not answer: {error}"
+            ) from None
         if not self._target:
             raise RequestError(grpc.StatusCode.UNAVAILABLE, "no replica serves now; they are being restarted")
 

@@ -139,7 +139,7 @@ class Directory:
     # ---- what Replicas calls ----
 
     async def scale(self, count: int, grace_s: float) -> None:
-        """Have this many replicas. Raises what the first one raised that could not start; the new ones are gone then."""
+        """Have this many replicas. Raises what the first one raised that could not start, and ends all new ones."""
         await self._recovered()
         self._stop_scaling()
         self._scaling = asyncio.get_running_loop().create_task(self._scale(count, grace_s))
@@ -210,9 +210,7 @@ class Directory:
     # ---- replicas ----
 
     def _serving(self) -> dict[int, _Entry]:
-        return {
-            number: entry for number, entry in self._replicas.items() if entry.address and not entry.is_draining
-        }
+        return {number: entry for number, entry in self._replicas.items() if entry.address and not entry.is_draining}
 
     def _actor_name(self, number: int) -> str:
         return f"{self._name}.{number}"

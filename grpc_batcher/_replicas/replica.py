@@ -64,7 +64,9 @@ class Replica:
                 make_batcher: Callable[[], MukoeBatcher] = cloudpickle.loads(self._pickled_make_batcher)
                 batcher = make_batcher()
                 if not isinstance(batcher, MukoeBatcher):
-                    raise TypeError(f"make_batcher returned {batcher!r:.200}; it must return what create_batcher returns")
+                    raise TypeError(
+                        f"make_batcher returned {batcher!r:.200}; it must return what create_batcher returns"
+                    )
                 batcher._life.port = 0  # several replicas share a machine
                 self._publish(batcher, publication)
                 batcher.start()

@@ -42,8 +42,8 @@ _KEEPALIVE_TIMEOUT_MS = 20_000
 _MIN_CALLERS_INTERVAL_MS = 5_000
 
 # This library's clients connect again when a stream says so (Session), between two requests. All others get gRPC's
-# GOAWAY, which fails streams that are opened just then: gRPC would open them again, but with the direct transport it must
-# not (Connection). So it comes only when this library's clients have left, or left the connection unused.
+# GOAWAY, which fails streams that are opened just then: gRPC would open them again, but with the direct transport it
+# must not (Connection). So it comes only when this library's clients have left, or left the connection unused.
 _OTHERS_GRACE_S = 90.0
 
 # gRPC counts a connection's age in an int32, whose largest value stands for no limit.
@@ -82,7 +82,7 @@ class LifeCycle:
         self._service = service
         self._handlers = (service, *other_handlers)
         self._room = service.room
-        self._options = (
+        self._options: tuple[tuple[str, int], ...] = (
             # Two servers would share a port, and each get some of the requests.
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", max_message_bytes),
