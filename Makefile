@@ -51,7 +51,7 @@ test-triton:
 # Replicas on a real Ray, and the page about them.
 test-ray:
 	$(MAKE) $(VENV)-ray/installed-test-ray VENV=$(VENV)-ray
-	$(VENV)-ray/bin/pytest -q tests/test_ray_replicas.py tests/test_docs.py -k "ray or scaling"
+	$(VENV)-ray/bin/pytest -q tests/test_ray_replicas.py tests/test_docs.py -k "ray_replicas or scaling or batcher_ray"
 
 # The tests with the oldest and the newest releases, on each Python here. MATRIX_ROWS="3.10-oldest 3.13-newest" and
 # MATRIX_TESTS="core wire" choose; `nox --list` names the rows. With GRPC_BATCHER_TRANSPORT, only the tests over sockets.
@@ -115,7 +115,7 @@ check-proto: $(PROTO_VENV)/bin/python
 	$(PROTO_VENV)/bin/python scripts/generate_proto.py --check
 
 clean:
-	rm -rf $(VENV) $(VENV)-debug $(VENV)-triton $(PROTO_VENV) build dist *.egg-info grpc_batcher/*.so
+	rm -rf $(VENV) $(VENV)-debug $(VENV)-triton $(VENV)-ray $(PROTO_VENV) build dist *.egg-info grpc_batcher/*.so
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

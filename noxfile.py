@@ -84,4 +84,6 @@ def tests(session: nox.Session, pins: list[str], forced: str | None, beside: tup
     session.run("python", "-I", "-c", VERSIONS, log=False)  # -I: the installed package, not the tree
     if beside:
         session.run("python", "scripts/first_example.py", *beside)
-    session.run("pytest", "-q", "-n", "4", "-p", "no:cacheprovider", *KNOWN_WARNINGS, *(session.posargs or ["tests"]))
+    # By groups: one process runs all tests that use Ray.
+    options = ("-q", "-n", "4", "--dist", "loadgroup", "-p", "no:cacheprovider", *KNOWN_WARNINGS)
+    session.run("pytest", *options, *(session.posargs or ["tests"]))

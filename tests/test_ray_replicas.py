@@ -32,8 +32,11 @@ from grpc_batcher._replicas.replica import Publication  # noqa: E402
 from grpc_batcher.prometheus import ReplicasCollector  # noqa: E402
 from grpc_batcher.ray import Replicas, connect, launch  # noqa: E402
 
-# Starting Ray, or a process of it, takes seconds.
-pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
+pytestmark = [
+    pytest.mark.timeout(300),  # starting Ray, or a process of it, takes seconds
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.xdist_group("ray"),
+]
 
 NAMESPACE = "grpc_batcher tests"
 CALLERS = 8
@@ -440,7 +443,7 @@ def test_a_killed_replica_costs_its_own_callers_one_request_each_at_most_and_is_
     with trial(replicas, ledger, "killed"):
         victim = pid_of_replica(replicas, 0)
         os.kill(victim, signal.SIGSTOP)  # now its callers are those whose requests do not end
-        wait_for_answers(ledger, 200)
+        wait_for_answers(ledger, 20)
         stuck = ledger.unended()
         os.kill(victim, signal.SIGKILL)
         wait_for_answers(ledger, 100)  # while it is away
@@ -567,8 +570,9 @@ def test_after_all_trials_nothing_has_grown(trials: tuple[Replicas, Ledger]) -> 
     # Of those that died or were drained, no process is left.
     names = actors()
     directories = [name for name in names if not name.rpartition(".")[2].isdecimal()]
-    eventually(lambda: processes_called("ray::Directory") == len(directories))
-    eventually(lambda: processes_called("ray::Replica") == len(names) - len(directories))
+    raylet = parent_of(pid_of_replica(replicas, 0))
+    eventually(lambda: processes_called("ray::Directory", raylet) == len(directories))
+    eventually(lambda: processes_called("ray::Replica", raylet) == len(names) - len(directories))
 
 
 def remembered(directory: Any) -> tuple[int, int]:
@@ -577,13 +581,17 @@ def remembered(directory: Any) -> tuple[int, int]:
     return len(directory._replicas), len(directory._clients)
 
 
-def processes_called(beginning: str) -> int:
-    """How many processes of this machine have a name that begins like this."""
+def processes_called(beginning: str, parent: str) -> int:
+    """How many processes of a parent have a name that begins like this."""
     count = 0
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
+    for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            count += file.read_text().startswith(beginning)
+            count += (process / "cmdline").read_text().startswith(beginning) and parent_of(process.name) == parent
     return count
+
+
+def parent_of(pid: int | str) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
 
 
 def streams_of(replicas: Replicas) -> list[int]:
