@@ -200,7 +200,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one short round: to see that it runs, not to compare")
     parser.add_argument("--output", type=Path, default=Path("build/replicas.json"), help="where to write the results")
     options = parser.parse_args()
-    rounds, seconds = (1, 1.0) if options.quick else (3, 3.0)
+    rounds, seconds = (1, 1.0) if options.quick else (3, 2.0)
     output = options.output.resolve()
 
     here = Path(__file__).resolve().parent
