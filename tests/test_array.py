@@ -200,6 +200,11 @@ def test_what_create_batcher_is_given_precedes_what_the_callback_declares() -> N
             for name in ("data", "action", "rows", "timeout_s", "self")
         ),
         ({"model": "arrays", "arrays": None}, ValueError, "model is 'arrays', which needs arrays"),
+        (
+            {"arrays": {"data": Array((10, 10), "float32")}, "max_message_bytes": 400},
+            ValueError,
+            "max_message_bytes is 400; it must be more than the 400 bytes that a request's arrays take",
+        ),
         ({"batch_sizes": ()}, ValueError, "batch_sizes is (); it must be ints from 1 to batch_size (8)"),
         ({"batch_sizes": 8}, TypeError, "batch_sizes is 8"),
         ({"batch_sizes": (0, 8)}, ValueError, "batch_sizes is (0, 8); it must be ints from 1 to batch_size (8)"),

@@ -62,6 +62,7 @@ INTERRUPTED_CLIENT = """
                 raise Interrupt
         return trace
 
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 tells of bytecodes only if a frame asked before settrace
     with create_batcher("repr", 4, 0.0, 0, batch_process_fn=echo, host="127.0.0.1") as batcher:
         while True:
             target, passed = target + 1, 0

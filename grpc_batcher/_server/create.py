@@ -127,6 +127,13 @@ def create_batcher(
     declared = None if arrays is None else _checked_arrays(kind, arrays)
     if declared is None and kind is ARRAYS:
         raise ValueError("model is 'arrays', which needs arrays: declare what a request holds, by name")
+    row_bytes = sum(array.row_bytes for array in (declared or {}).values())
+    _check(
+        "max_message_bytes",
+        max_message_bytes,
+        row_bytes < max_message_bytes,
+        f"more than the {row_bytes} bytes that a request's arrays take",
+    )
     sizes = _checked_sizes(batch_sizes, batch_size, has_arrays=declared is not None)
     if credentials is not None and not isinstance(credentials, grpc.ServerCredentials):
         raise TypeError(f"credentials is {credentials!r}; it must be a grpc.ServerCredentials, or None")

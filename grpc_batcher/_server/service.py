@@ -67,9 +67,10 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         self, context: grpc.ServicerContext, make: Callable[[Service, grpc.ServicerContext], _Stream]
     ) -> _Stream:
         """Open what `make` returns. Raises StreamEnd if too many streams are open, or the batcher is shutting down."""
-        if self.room.closed:
-            raise StreamEnd(grpc.StatusCode.UNAVAILABLE, SHUTTING_DOWN)
         with self._changed:
+            # Under the lock, so that `end_streams` ends what is opened here, or this sees the closed room.
+            if self.room.closed:
+                raise StreamEnd(grpc.StatusCode.UNAVAILABLE, SHUTTING_DOWN)
             if len(self._sessions) >= self._max_streams:
                 raise StreamEnd(
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
