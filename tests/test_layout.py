@@ -109,13 +109,15 @@ def test_no_two_classes_share_a_name() -> None:
 
 
 def private_names_of_grpcio(file: Path) -> set[str]:
-    """The private names of grpcio that a file imports, gets from the module, or names in a string."""
+    """The private names of grpcio that a file imports, gets from a module, or names in a string."""
     names = {name for name in imports_of(file) if re.match(r"grpc\._|(?!grpc_batcher\.).*\bcygrpc\b", name)}
     for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Attribute) and re.match(r"grpc\.(\w+\.)*_[a-z]", ast.unparse(node)):
             names.add(ast.unparse(node))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"grpc\._.*", node.value):
             names.add(node.value)
+        elif isinstance(node, ast.Name) and node.id == "cygrpc":
+            names.add(node.id)
     return names
 
 

@@ -250,15 +250,12 @@ def test_if_grpcios_classes_take_other_arguments_the_server_uses_the_public_tran
     grpcio_private._possibly_finish_call = changed
         """,
         ),
-        # An operation takes other parameters.
+        # The client's operations take other parameters.
         (
             "direct public",
             """
-    import types
     from grpc_batcher._transport import direct_client
-    changed = types.SimpleNamespace(**vars(direct_client.cygrpc))
-    changed.SendMessageOperation = lambda message: None
-    direct_client.cygrpc = changed
+    direct_client.send_and_receive = lambda: None
         """,
         ),
         # The inner channel of a channel has another name.
@@ -372,7 +369,7 @@ def test_a_reply_that_grpc_refuses_to_send_ends_only_that_stream(
         other.send_request(b"before")
         if not first:
             client.send_request(b"before")
-        refused.append(grpcio_private.cygrpc.ReceiveMessageOperation(0))
+        refused.append(grpcio_private.receive()[0])
         error = error_of(client.send_request, b"refused")
         assert error.code() is grpc.StatusCode.INTERNAL
         assert "gRPC refused" in error.details()

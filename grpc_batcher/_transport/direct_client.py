@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from .grpcio_private import NO_FLAGS, cygrpc, is_mismatch, open_call
+from .grpcio_private import cancel, is_mismatch, open_call, opening, send_and_receive
 from .interface import Metadata
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -73,15 +73,11 @@ class DirectClientStream:
         self._on_mismatch = on_mismatch
         self._status: Any = None
         self._used_ns = time.monotonic_ns()
-        opening = (
-            ((cygrpc.ReceiveStatusOnClientOperation(NO_FLAGS),), _STATUS),
-            ((cygrpc.SendInitialMetadataOperation(metadata, NO_FLAGS),), _OPENING),
-            ((cygrpc.ReceiveInitialMetadataOperation(NO_FLAGS),), _OPENING),
-        )
+        batches = tuple(zip(opening(metadata), (_STATUS, _OPENING, _OPENING), strict=True))
         # A True for each batch of operations whose event is outstanding. gRPC keeps the call until all events have
         # come. (Anything else in the list is done with: an event, or a False for a batch that gRPC did not take.)
-        self._due: list[Any] = [True] * len(opening)
-        self._call = open_call(channel, method, opening)
+        self._due: list[Any] = [True] * len(batches)
+        self._call = open_call(channel, method, batches)
 
     def exchange(self, message: bytes) -> bytes | None:
         """Send a request and return its reply, or None if the server ended the stream with OK instead.
@@ -89,11 +85,7 @@ class DirectClientStream:
         Raises CallEnd.
         """
         try:
-            operations = (
-                cygrpc.SendMessageOperation(message, NO_FLAGS),
-                cygrpc.ReceiveMessageOperation(NO_FLAGS),
-            )
-            if self._operate(operations, _EXCHANGE):
+            if self._operate(send_and_receive(message), _EXCHANGE):
                 reply = self._next_event(_EXCHANGE).batch_operations[1].message()
                 if reply is not None:
                     self._used_ns = time.monotonic_ns()
@@ -131,7 +123,7 @@ class DirectClientStream:
 
     def cancel(self) -> None:
         """End the stream at once. May be called from any thread, and again."""
-        self._call.cancel(cygrpc.StatusCode.cancelled, "the caller cancelled")
+        cancel(self._call)
 
     def close(self) -> None:
         """Cancel the stream, and wait for its outstanding events: until then gRPC keeps the call."""

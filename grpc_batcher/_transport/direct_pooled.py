@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from .direct_client import CallEnd
-from .grpcio_private import NO_FLAGS, cygrpc, is_mismatch, open_pooled_call
+from .grpcio_private import cancel, is_mismatch, open_pooled_call, opening, receives_status, send_and_receive
 from .interface import Metadata, OnEnd
 
 _logger = logging.getLogger("grpc_batcher")
@@ -38,24 +38,20 @@ class DirectPooledStream:
     ) -> None:
         self._on_over = on_over
         self._on_mismatch = on_mismatch
-        opening = (
-            (cygrpc.ReceiveStatusOnClientOperation(NO_FLAGS),),
-            (cygrpc.SendInitialMetadataOperation(metadata, NO_FLAGS),),
-            (cygrpc.ReceiveInitialMetadataOperation(NO_FLAGS),),
-        )
+        batches = opening(metadata)
         self._lock = threading.Lock()
         # All of these are guarded by it. `_exchanging` has a True while gRPC owes the event of an exchange.
         self._exchanging: list[Any] = []
-        self._unopened = len(opening)
+        self._unopened = len(batches)
         self._status: Any = None
         self._on_end: OnEnd | None = None
-        self._call = open_pooled_call(channel, method, opening, self._on_opened)
+        self._call = open_pooled_call(channel, method, batches, self._on_opened)
 
     def start(self, message: bytes, on_end: OnEnd) -> None:
         """Send a request. `on_end` is called once, on the channel's thread, or at once if the stream has ended."""
         self._on_end = on_end
         try:
-            operations = cygrpc.SendMessageOperation(message, NO_FLAGS), cygrpc.ReceiveMessageOperation(NO_FLAGS)
+            operations = send_and_receive(message)
             with self._lock:
                 # A signal handler may raise between any two bytecodes of the main thread, and none runs in between.
                 self._exchanging[:] = starmap(self._call.operate, ((operations, self._on_exchanged),))
@@ -78,7 +74,7 @@ class DirectPooledStream:
 
     def cancel(self) -> None:
         """End the stream at once. May be called from any thread, and again."""
-        self._call.cancel(cygrpc.StatusCode.cancelled, "the caller cancelled")
+        cancel(self._call)
 
     def close(self) -> None:
         """Cancel the stream. It is over a moment later."""
@@ -94,7 +90,7 @@ class DirectPooledStream:
         """One of the batches of operations that opened the stream is done."""
         try:
             operation = event.batch_operations[0]
-            is_status = isinstance(operation, cygrpc.ReceiveStatusOnClientOperation)
+            is_status = receives_status(operation)
         except Exception as error:
             self._fail(error)
             is_status = False

@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 
 from . import public
-from .grpcio_private import NO_FLAGS, UNFINISHED, ServerCall, cygrpc
+from .grpcio_private import UNFINISHED, ServerCall, receive, send_and_receive
 from .interface import ServerSession, StreamEnd
 
 _logger = logging.getLogger("grpc_batcher")
@@ -104,14 +104,14 @@ class DirectServerStream:
             self._close()
             return
         try:
-            self._start((cygrpc.ReceiveMessageOperation(NO_FLAGS),))
+            self._start(receive())
         except Exception as error:
             self._fail(error)
 
     def send(self, reply: bytes) -> None:
         """Send a reply, then receive the next request. Never raises."""
         try:
-            self._start((cygrpc.SendMessageOperation(reply, NO_FLAGS), cygrpc.ReceiveMessageOperation(NO_FLAGS)))
+            self._start(send_and_receive(reply))
         except Exception as error:
             self._fail(error)
 

@@ -41,7 +41,7 @@ import grpc
 
 from .._process import NEWEST_TESTED_GRPCIO
 
-NO_FLAGS = 0
+_NO_FLAGS = 0
 
 # grpcio identifies outstanding operations by such tokens. A stream never has more than one of ours.
 _TOKEN = "grpc_batcher"
@@ -77,8 +77,8 @@ def missing_for_server() -> str | None:
     if absent := [name for name in _not_found if not name.startswith("grpc._channel.")]:
         return f"there is no {absent[0]}"
     try:
-        cygrpc.ReceiveMessageOperation(NO_FLAGS)
-        cygrpc.SendMessageOperation(b"", NO_FLAGS)
+        cygrpc.ReceiveMessageOperation(_NO_FLAGS)
+        cygrpc.SendMessageOperation(b"", _NO_FLAGS)
         _check_arguments("Call.start_server_batch", None, (), None)
         state = _RPCState()
         operator.attrgetter("condition", "due", "initial_metadata_allowed")(state)
@@ -103,11 +103,11 @@ def missing_for_client() -> str | None:
         return f"there is no {absent[0]}"
     try:
         operator.attrgetter("PropagationConstants.GRPC_PROPAGATE_DEFAULTS", "StatusCode.cancelled")(cygrpc)
-        cygrpc.SendInitialMetadataOperation((), NO_FLAGS)
-        cygrpc.ReceiveInitialMetadataOperation(NO_FLAGS)
-        cygrpc.SendMessageOperation(b"", NO_FLAGS)
-        cygrpc.ReceiveMessageOperation(NO_FLAGS)
-        cygrpc.ReceiveStatusOnClientOperation(NO_FLAGS)
+        cygrpc.SendInitialMetadataOperation((), _NO_FLAGS)
+        cygrpc.ReceiveInitialMetadataOperation(_NO_FLAGS)
+        cygrpc.SendMessageOperation(b"", _NO_FLAGS)
+        cygrpc.ReceiveMessageOperation(_NO_FLAGS)
+        cygrpc.ReceiveStatusOnClientOperation(_NO_FLAGS)
         _check_arguments("Channel.segregated_call", None, 0, b"", None, None, None, None, ())
         _check_arguments("SegregatedCall.operate", None, (), None)
         _check_arguments("SegregatedCall.next_event", None)
@@ -162,6 +162,16 @@ def is_mismatch(error: Exception) -> bool:
     return os.path.dirname(file) == ours or file.startswith(grpcios) or "grpc/_cython/" in file
 
 
+def receive() -> tuple[Any, ...]:
+    """Return the operations that receive a message."""
+    return (cygrpc.ReceiveMessageOperation(_NO_FLAGS),)
+
+
+def send_and_receive(message: bytes) -> tuple[Any, ...]:
+    """Return the operations that send a message and receive the next one."""
+    return cygrpc.SendMessageOperation(message, _NO_FLAGS), cygrpc.ReceiveMessageOperation(_NO_FLAGS)
+
+
 class ServerCall:
     """One call on the server, as grpcio keeps it."""
 
@@ -202,6 +212,24 @@ class ServerCall:
     def forget(self) -> None:
         """The operations are done, and `finish` failed: a stopping server must not wait for them."""
         self._state.due.discard(_TOKEN)
+
+
+def opening(metadata: Sequence[tuple[str, Any]]) -> tuple[tuple[Any], ...]:
+    """Return the batches of operations that open a client's call; the first receives its status, when it ends."""
+    return (
+        (cygrpc.ReceiveStatusOnClientOperation(_NO_FLAGS),),
+        (cygrpc.SendInitialMetadataOperation(metadata, _NO_FLAGS),),
+        (cygrpc.ReceiveInitialMetadataOperation(_NO_FLAGS),),
+    )
+
+
+def receives_status(operation: Any) -> bool:
+    return isinstance(operation, cygrpc.ReceiveStatusOnClientOperation)
+
+
+def cancel(call: Any) -> None:
+    """End a client's call at once."""
+    call.cancel(cygrpc.StatusCode.cancelled, "the caller cancelled")
 
 
 def open_call(channel: grpc.Channel, method: str, operations: Sequence[tuple[Sequence[Any], Any]]) -> Any:
