@@ -61,7 +61,7 @@ class Actor:
 def main() -> int:
     """Launch, play, kill and print. Returns the exit status: 0 if every actor played to the end."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long to play (20)")
+    parser.add_argument("--seconds", type=float, default=15.0, help="how long to play (15)")
     parser.add_argument("--actors", type=int, default=6, help="Ray actors that play, one game each (6)")
     options = parser.parse_args()
 

@@ -91,14 +91,13 @@ class Directory:
         self._publication = NOTHING_PUBLISHED
         self._recovery: asyncio.Task[None] | None = None
         self._scaling: asyncio.Task[None] | None = None
-        self._shut_down = asyncio.Event()
 
     # ---- what replicas call ----
 
-    async def hold(self, replica: str) -> None:
-        """Return when the replica may end. It notices when this actor is gone for good."""
+    async def hold(self) -> None:
+        """Never return: a replica that waits for it notices when this actor dies."""
         await self._recovered()
-        await self._shut_down.wait()
+        await asyncio.Event().wait()
 
     # ---- what clients call ----
 

@@ -111,7 +111,7 @@ class Replica:
         """
         while _exists(self._directory_name):
             try:
-                ray.get(directory.hold.remote(self._name))
+                ray.get(directory.hold.remote())
             except ray.exceptions.RayError:
                 threading.Event().wait(0.5)  # it is about to come back, or to vanish from Ray's names
         _logger.info("replica %s ends, as its directory is gone", self._name)
