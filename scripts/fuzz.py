@@ -127,8 +127,10 @@ def check_arrays(message: bytes) -> None:
             ours = None
         by_protobuf = None
         if request is not None and kind == name:
-            pairs = request.arrays.arrays if name == "arrays" else []
-            payloads = [(pair.key, pair.values) for pair in pairs] or [("data", getattr(request, name).data)]
+            if name == "arrays":
+                payloads = [(pair.key, pair.values) for pair in request.arrays.arrays]
+            else:
+                payloads = [("data", getattr(request, name).data)]
             try:
                 parsed = reader.of_payloads(payloads, request.dynamics.action, request.keep_rows_axis)
                 by_protobuf = meaning(parsed, fields)
