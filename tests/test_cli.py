@@ -46,7 +46,7 @@ from serving import (
 SERVE = ("--batch-size", "4", "--batch-timeout-s", "0", "--host", "127.0.0.1", "--port", "0")
 REPR = ("functions:echo", "--model", "repr", *SERVE)
 ARRAYS = ("functions:double", "--model", "repr", *SERVE)
-QUICK = ("--duration-s", "0.2", "--warm-up-s", "0.1")
+QUICK = ("--duration-s", "0.5", "--warm-up-s", "0.1")
 
 FUNCTIONS = """
 import pathlib, time
