@@ -46,6 +46,9 @@ _MIN_CALLERS_INTERVAL_MS = 5_000
 # must not (Connection). So it comes only when this library's clients have left, or left the connection unused.
 _OTHERS_GRACE_S = 90.0
 
+# gRPC varies the age of each connection by this much, up or down.
+_CONNECTION_AGE_JITTER = 0.1
+
 # gRPC counts a connection's age in an int32, whose largest value stands for no limit.
 _MAX_CONNECTION_AGE_MS = 2**31 - 2
 
@@ -98,7 +101,7 @@ class LifeCycle:
         )
         if max_connection_age_s is not None:
             # Without gRPC's own grace period, which would cut off the requests that outlast it.
-            age_s = max_connection_age_s + _OTHERS_GRACE_S
+            age_s = (max_connection_age_s + _OTHERS_GRACE_S) / (1 - _CONNECTION_AGE_JITTER)
             self._options += (("grpc.max_connection_age_ms", min(round(age_s * 1000), _MAX_CONNECTION_AGE_MS)),)
         self._delivery = Delivery(self._room)
         self._loop = BatchLoop(self._room, service.callback, service.recorder, self._delivery, self._fail)
