@@ -68,6 +68,7 @@ class Replica:
                         f"make_batcher returned {batcher!r:.200}; it must return what create_batcher returns"
                     )
                 batcher._life.port = 0  # several replicas share a machine
+                self._publication = NOTHING_PUBLISHED  # an earlier attempt may have failed after it had the weights
                 self._publish(batcher, publication)
                 batcher.start()
                 self._address = _address_of(batcher)
