@@ -29,7 +29,10 @@ _FAILURE_PAUSE_S = 1.0
 # How long a restarted directory waits for a replica to say what it knows. One that Ray has no place for yet is silent.
 _RECOVERY_LIMIT_S = 10.0
 
-# How many threads serve a replica's methods. One always waits in `wait`.
+# How long a replica may take beyond its grace period, or to tell its counters, before it counts as hanging.
+_HANG_S = 5.0
+
+# How many threads serve a replica's methods. One always waits for the batcher's end.
 _REPLICA_THREADS = 8
 
 
@@ -164,7 +167,9 @@ class Directory:
                 added.append(self._create())
             await asyncio.gather(*(entry.wait_until_it_serves() for entry in (*staying, *added)))
         except Exception:
-            await asyncio.gather(*map(self._end, added))
+            # One that an earlier call added may be the one that failed.
+            failed = [each for each in self._replicas.values() if each.failure is not None and each not in added]
+            await asyncio.gather(*map(self._end, (*added, *failed)))
             raise
         for entry in surplus:
             assert entry.drain is not None
@@ -188,7 +193,7 @@ class Directory:
         await self._recovered()
         serving = self._serving()
         found = await asyncio.gather(
-            *(entry.actor.metrics.remote() for entry in serving.values()), return_exceptions=True
+            *(_within(_HANG_S, entry.actor.metrics.remote()) for entry in serving.values()), return_exceptions=True
         )
         return {
             str(number): metrics for number, metrics in zip(serving, found, strict=True) if isinstance(metrics, Metrics)
@@ -202,7 +207,8 @@ class Directory:
         for entry in entries:
             entry.is_draining = True
         await asyncio.gather(
-            *(entry.actor.drain.remote(grace_s) for entry in entries if entry.address), return_exceptions=True
+            *(_within(grace_s + _HANG_S, entry.actor.drain.remote(grace_s)) for entry in entries if entry.address),
+            return_exceptions=True,
         )
         await asyncio.gather(*map(self._end, entries))
 
@@ -251,9 +257,12 @@ class Directory:
             self._forget_clients()
         if entry.address:
             try:
-                await entry.actor.drain.remote(max(end_s - time.monotonic(), 0.0))
+                left_s = max(end_s - time.monotonic(), 0.0)
+                await _within(left_s + _HANG_S, entry.actor.drain.remote(left_s))
             except ray.exceptions.RayError as error:
                 _logger.warning("replica %d died while it drained: %s", entry.number, error)
+            except asyncio.TimeoutError:
+                _logger.warning("replica %d hangs, and is ended without answering what it has taken in", entry.number)
         await self._end(entry)
 
     async def _follow(self, entry: _Entry) -> None:
@@ -300,6 +309,8 @@ class Directory:
             ray.get_actor(self._actor_name(entry.number))
         except ValueError:
             return False
+        except ray.exceptions.RayError:  # Ray itself does not answer
+            return True
         return True
 
     def _forget_clients(self) -> float:
@@ -333,10 +344,15 @@ class Directory:
 async def _publication_of(actor: Any) -> Publication:
     """Return what a replica knows to be published last."""
     try:
-        found: Publication = await asyncio.wait_for(_awaitable(actor.publication.remote()), _RECOVERY_LIMIT_S)
+        found: Publication = await _within(_RECOVERY_LIMIT_S, actor.publication.remote())
     except (ray.exceptions.RayError, asyncio.TimeoutError):
         return NOTHING_PUBLISHED
     return found
+
+
+async def _within(limit_s: float, reference: Any) -> Any:
+    """Wait for a call's result. Raises asyncio.TimeoutError if it takes longer."""
+    return await asyncio.wait_for(_awaitable(reference), limit_s)
 
 
 async def _awaitable(reference: Any) -> Any:
