@@ -138,12 +138,12 @@ def test_other_peoples_clients_are_not_told_to_reconnect_and_get_grpcs_own_messa
         grpc.insecure_channel(f"127.0.0.1:{batcher.port}") as channel,
     ):
         states: list[grpc.ChannelConnectivity] = []
-        channel.subscribe(states.append)
         messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         call = channel.stream_stream(METHOD)(iter(messages.get, None))
         for _ in range(3):
             messages.put(write_request({"data": b"x"}))
             assert read_answer(next(call)) == answer(b"x")
+        channel.subscribe(states.append)  # only now: a channel that has not connected yet is idle, too
         eventually(lambda: states[-1:] == [grpc.ChannelConnectivity.IDLE])  # gRPC's GOAWAY has arrived
         messages.put(write_request({"data": b"y"}))
         assert read_answer(next(call)) == answer(b"y")
