@@ -170,6 +170,7 @@ def measure(make_ask: Any, new_client: Callable[[], Any] | None, count: int, sec
     """Return requests per second, and each replica's share of them, from the smallest."""
     per_process = CALLERS_PER_REPLICA * count // CALLER_PROCESSES
     processes = [Callers.remote() for _ in range(CALLER_PROCESSES)]
+    ray.get([process.__ray_ready__.remote() for process in processes])  # or they would measure at different times
     pending = []
     for process in processes:
         clients = [new_client() for _ in range(per_process // CALLERS_PER_CLIENT)] if new_client else []
