@@ -114,7 +114,7 @@ def print_reports(reports: list[ActorReport], steps: int) -> None:
         print(f"{report.game:16}{moves_per_s:9.1f}{report.points:8}{report.weights_version:9}{report.failed_tries:12}")
     total = sum(len(report.repr_latencies_ms) + len(report.dyna_latencies_ms) for report in reports)
     again = sum(report.failed_tries for report in reports)
-    print(f"\n{total} requests were answered with {steps} versions of the weights, and {again} had to be sent again.")
+    print(f"\n{total} requests were answered with {steps + 1} versions of the weights, and {again} were sent again.")
 
 
 def print_replicas(*kinds: Replicas) -> None:
