@@ -17,7 +17,7 @@ SOAK_S ?= 600
 FUZZ_S ?= 300
 DEBUG_TESTS ?= tests
 
-.PHONY: demo demo-jax demo-ray test test-transports test-triton test-ray matrix bench soak lint docs debug tsan asan fuzz wheels dist proto check-proto clean
+.PHONY: demo demo-jax demo-ray test test-transports test-triton test-ray matrix bench bench-ray soak lint docs debug tsan asan fuzz wheels dist proto check-proto clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/atari_demo.py
@@ -61,6 +61,10 @@ matrix: $(VENV)/installed-matrix
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/run.py $(BENCH_OPTIONS)
+
+bench-ray:
+	$(MAKE) $(VENV)-ray/installed-bench-ray VENV=$(VENV)-ray
+	$(VENV)-ray/bin/python benchmarks/replicas.py $(BENCH_OPTIONS)
 
 # Mixed load for SOAK_S seconds, with an account of every request.
 soak: $(VENV)/installed-test
