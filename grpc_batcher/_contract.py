@@ -23,8 +23,8 @@ POOLED_KEY = "grpc-batcher-pooled"
 # Metadata that this library's clients open a stream with: how old their connection is, in milliseconds.
 CONNECTION_AGE_KEY = "grpc-batcher-connection-age-ms"
 
-# Trailing metadata of a stream that the server ends because its connection is old: the caller should not only open
-# another stream, but another connection, and so ask for the addresses of the server's name again.
+# Trailing metadata of a stream that the server ends because its connection is old: the caller should open another
+# connection, not only another stream, and so resolve the server's name again.
 RECONNECT_KEY = "grpc-batcher-reconnect"
 
 # Both ends accept messages up to this size unless told otherwise. gRPC counts a message's bytes in an int32.

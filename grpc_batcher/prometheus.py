@@ -74,7 +74,8 @@ class ReplicasCollector(Collector):
     replicas: what `launch` or `connect` returned.
 
     Each sample has the labels `model` and `replica`, which is the replica's number. A replica that is being restarted
-    has no samples, and its counters then begin at 0 again, as those of a process do.
+    has no samples, and its counters then start at 0, as in any new process. Unregister the collector when the replicas
+    are shut down: it would fail every scrape.
     """
 
     def __init__(self, replicas: Replicas) -> None:

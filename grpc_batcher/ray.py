@@ -33,7 +33,7 @@ __all__ = ["Replicas", "connect", "launch"]
 
 _PREFIX = "grpc_batcher."
 
-# More calls wait in the directory than this only if there are more replicas.
+# How many calls may wait in the directory. Each replica always has one there.
 _DIRECTORY_CALLS = 100_000
 
 # Options of Ray's actors that the replicas set themselves.
@@ -55,16 +55,16 @@ def launch(
     actor_options: options of Ray's actors for each replica, such as {"num_gpus": 1}, {"resources": {"TPU": 4}} or a
         scheduling_strategy. Ray restarts a replica that dies, without limit unless `max_restarts` says otherwise.
         {"lifetime": "detached"} has the replicas outlive this program; otherwise they end with it.
-    name: makes the replicas available to `connect`, in programs of the same Ray namespace. The default is none.
+    name: lets programs of the same Ray namespace `connect` to the replicas; None: they cannot.
 
-    Raises what the first replica raised that could not start, of the same type and with its traceback, after ending all
-    others. Raises TypeError or ValueError for arguments that cannot be used, and ValueError if the name is taken.
+    Raises what the first replica that failed to start raised, with its type and traceback, after ending all others.
+    Raises TypeError or ValueError for arguments that cannot be used, and ValueError if the name is taken.
     """
     if not callable(make_batcher):
         raise TypeError(f"make_batcher is {make_batcher!r}; it must be a function that returns a batcher")
     _check_count(count)
     if name is not None and (not isinstance(name, str) or not name):
-        raise ValueError(f"name is {name!r}; it must be a text, or None")
+        raise ValueError(f"name is {name!r}; it must be a str that is not empty, or None")
     options = dict(actor_options or {})
     if taken := sorted(set(options).intersection(_OWN_OPTIONS)):
         raise ValueError(f"actor_options contains {taken[0]!r}, which the replicas set themselves")
@@ -92,7 +92,7 @@ def launch(
 
 
 def connect(name: str) -> Replicas:
-    """Return the replicas that another program of the same Ray namespace launched by this name.
+    """Return the replicas that another program of the same Ray namespace launched under this name.
 
     Raises ValueError if there are none.
     """
@@ -118,31 +118,31 @@ class Replicas:
 
         options: those of `MukoeBatcherClient`, such as `arrays=True`.
 
-        It moves to another replica when its own dies or drains, and when replicas were added. A request that certainly
+        It moves to another replica when its own dies or drains, and when replicas are added. A request that certainly
         did not reach the callback is sent to another replica; any other that fails raises RequestError, as always.
         Can be pickled, for Ray's actors and tasks: each copy is a client of its own.
         """
         return ReplicaClient(self._directory, self._actor_name.removeprefix(_PREFIX), **options)
 
     def publish(self, weights: Any, *, step: int) -> None:
-        """Have all replicas use these weights from their next batch on. Returns when all have them.
+        """Make all replicas use these weights from their next batch on. Returns when all have them.
 
         weights: any object that Ray can store, or its ObjectRef. Each replica fetches it once. Replicas that are added
             or restarted later start with the latest.
         step: an int32, as for `MukoeBatcher.publish`.
 
-        Keep in mind that Ray loses an object when the process dies that put it into the store.
+        Ray loses an object when the process that stored it ends, so publish from one that stays.
         """
         check_int32("step", step)
         reference = weights if isinstance(weights, ray.ObjectRef) else ray.put(weights)
         ray.get(self._directory.publish.remote([reference], step))
 
     def scale(self, count: int, *, grace_s: float = 30.0) -> None:
-        """Have this many replicas, from 1. Returns once the added ones serve, and the surplus ones have ended.
+        """Add or drain replicas, to have `count`, from 1. Returns once added ones serve and surplus ones have ended.
 
         grace_s: how long the surplus ones may take to answer what they have taken in, in seconds.
 
-        Raises what the first replica raised that could not start; there are then as many as before. Waits for as long
+        Raises what the first replica that failed to start raised; there are then as many as before. Waits for as long
         as Ray has no place for a replica. A later call, of this or another program, takes over from one that waits,
         which then raises RuntimeError.
         """
@@ -151,7 +151,10 @@ class Replicas:
         ray.get(self._directory.scale.remote(count, grace_s))
 
     def metrics(self) -> dict[str, Metrics]:
-        """Return each replica's counters, by its number: "0", "1" and so on. Those being restarted are absent."""
+        """Return each replica's counters, by its number: "0", "1" and so on.
+
+        Replicas that are being restarted or do not answer are absent.
+        """
         found: dict[str, Metrics] = ray.get(self._directory.metrics.remote())
         return found
 

@@ -1,4 +1,4 @@
-"""`max_connection_age_s`: callers connect again and find servers that were added, and no request fails for it."""
+"""`max_connection_age_s`: callers connect again and find servers that were added, and no request fails."""
 
 from __future__ import annotations
 

@@ -24,10 +24,13 @@ _BALANCING_OPTIONS = ("grpc.lb_policy_name", "grpc.service_config")
 
 
 class Route(Protocol):
-    """Where the server of a client is, if it may move."""
+    """Finds a client's server, if that may move."""
 
     def target(self) -> str:
-        """Return the target, for gRPC, of the server to use now. Once there was one, never blocks."""
+        """Return gRPC's target for the server to use now. Blocks only until the first one is known.
+
+        Raises RequestError if there is none.
+        """
 
     def lost(self, target: str) -> None:
         """Note that the server of a target that `target` returned does not answer, or is leaving."""
@@ -37,7 +40,7 @@ class Route(Protocol):
 class Connection:
     """Everything needed to make a channel. See `MukoeBatcherClient` for what each field means.
 
-    route: finds the server instead of `address`, which then is only a name; None for a server that stays where it is.
+    route: finds the server instead of `address`, which is then only a name; None for a server that stays where it is.
     """
 
     address: str

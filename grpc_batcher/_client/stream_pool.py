@@ -40,8 +40,8 @@ _inherited: list[Any] = []
 class _Link:
     """A channel, and how many streams it carries.
 
-    used_ns: when an answer last came. After a long time, a new channel is a better choice than one whose server may be
-        about to close it.
+    used_ns: when an answer last came. After a long pause, a new channel is safer than one that the server may be about
+        to close.
     """
 
     def __init__(self, connection: Connection) -> None:

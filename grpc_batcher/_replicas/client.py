@@ -16,7 +16,7 @@ import ray
 from .._client.client import MukoeBatcherClient
 from .._errors import RequestError
 
-# How soon a client asks again after the directory did not answer.
+# How long a client waits before it asks again, if the directory did not answer.
 _RETRY_NS = 1_000_000_000
 
 
@@ -86,7 +86,7 @@ class _DirectoryRoute:
                 grpc.StatusCode.UNAVAILABLE, f"the replicas' directory does not answer: {error}"
             ) from None
         if not self._target:
-            raise RequestError(grpc.StatusCode.UNAVAILABLE, "no replica serves now; they are being restarted")
+            raise RequestError(grpc.StatusCode.UNAVAILABLE, "no replica is serving now; Ray may be restarting them")
 
     def lost(self, target: str) -> None:
         with self._lock:
@@ -115,7 +115,7 @@ class _DirectoryRoute:
         """Runs on a thread of Ray's."""
         try:
             self._note(answer.result())
-        except Exception:  # it is away, or gone for good; the replicas may be there all the same
+        except Exception:  # it is away, or gone for good; the replicas may still be there
             self._note_silence()
 
     def _note_silence(self) -> None:

@@ -26,7 +26,7 @@ _LEASE_INTERVALS = 6
 _POLL_S = 0.1
 _FAILURE_PAUSE_S = 1.0
 
-# How long a restarted directory waits for a replica to say what it knows. One that Ray has no place for yet is silent.
+# How long a restarted directory waits for a replica to say what it knows. One that Ray has not placed yet is silent.
 _RECOVERY_LIMIT_S = 10.0
 
 # How long a replica may take beyond its grace period, or to tell its counters, before it counts as hanging.
@@ -41,7 +41,7 @@ class _Entry:
 
     is_new: whether it was created by this incarnation of the directory, and never served yet.
     address: where it serves; None while it starts or is restarted.
-    failure: why it did not come to serve.
+    failure: why it never served.
     """
 
     def __init__(self, number: int, actor: Any, *, is_new: bool) -> None:
@@ -53,7 +53,7 @@ class _Entry:
         self.failure: BaseException | None = None
         self.follower: asyncio.Task[None] | None = None
         self.drain: asyncio.Task[None] | None = None
-        self._is_decided = asyncio.Event()  # whether it comes to serve
+        self._is_decided = asyncio.Event()  # set once it serves or has failed
 
     def serves(self, address: str) -> None:
         self.address = address
@@ -87,7 +87,7 @@ class Directory:
 
     def __init__(self, name: str, pickled_make_batcher: bytes, actor_options: Mapping[str, Any]) -> None:
         self._name = name
-        self._pickled_make_batcher = pickled_make_batcher  # only replicas can be sure to have what it imports
+        self._pickled_make_batcher = pickled_make_batcher  # only replicas are sure to have what it imports
         self._actor_options = dict(actor_options)
         self._replicas: dict[int, _Entry] = {}
         self._clients: dict[str, _Client] = {}
@@ -148,7 +148,7 @@ class Directory:
         try:
             await self._scaling
         except asyncio.CancelledError:
-            raise RuntimeError(f"scaling to {count} was given up for a later call of scale or shutdown") from None
+            raise RuntimeError(f"scaling to {count} was given up: scale or shutdown was called again") from None
 
     def _stop_scaling(self) -> None:
         """A later call decides. What the earlier one created counts as there; what it drains goes on draining."""
@@ -266,7 +266,7 @@ class Directory:
         await self._end(entry)
 
     async def _follow(self, entry: _Entry) -> None:
-        """Keep a replica serving, and know where, until it is drained or Ray does not restart it any more."""
+        """Keep a replica serving, and know where, until it is drained or Ray no longer restarts it."""
         while not entry.is_draining:
             try:
                 publication = self._publication

@@ -17,7 +17,7 @@ from .._server.metrics import Metrics
 
 _logger = logging.getLogger("grpc_batcher")
 
-# An address to listen on that is every address of the machine, and so no address to connect to.
+# Hosts that stand for every address of the machine. A server can listen there, but nobody can connect to them.
 _EVERY_INTERFACE = ("0.0.0.0", "::", "")
 
 # How long a replica whose directory is gone for good answers what it has taken in.
@@ -32,7 +32,7 @@ class Publication:
 
     box: a list with the reference of the weights in Ray's store; empty if nothing was published. (In a list, Ray passes
         on the reference instead of the weights.)
-    number: how many were published before.
+    number: counts the publications; 0 stands for none.
     """
 
     def __init__(self, box: list[Any], step: int, number: int) -> None:
@@ -58,7 +58,7 @@ class Replica:
         threading.Thread(target=self._outlive_no_directory, args=(directory,), daemon=True).start()
 
     def serve(self, publication: Publication) -> str:
-        """Start the batcher with these weights, and return its address. Called again, only returns the address."""
+        """Start the batcher with these weights, and return its address. Called again, only updates the weights."""
         with self._lock:
             if self._batcher is None:
                 make_batcher: Callable[[], MukoeBatcher] = cloudpickle.loads(self._pickled_make_batcher)

@@ -74,9 +74,9 @@ def create_batcher(
     max_queue_bytes: the most bytes that waiting requests may hold together; a request that would exceed it gets
         RESOURCE_EXHAUSTED. The default is 1 GiB; leave room for a batch, or none is ever full.
     max_streams: the most callers' streams open at once; the next one gets RESOURCE_EXHAUSTED.
-    max_connection_age_s: callers are asked to connect again at about this age of their connection, in seconds, so that
-        those with a `dns:///` address find servers that were added since. No request fails for it: a connection ends
-        when its requests are answered. None keeps connections for as long as their callers do.
+    max_connection_age_s: the age of a connection, in seconds, at which its caller is asked to connect again, so that
+        callers with a `dns:///` address find servers that were added since. No request fails: a connection ends once
+        its requests are answered. None keeps connections for as long as their callers do.
     leave_early: whether a batch leaves before its time once no known caller could still join it (`everyone_in`). False
         makes every batch that is not full wait out `batch_timeout_s`.
     credentials: for TLS, for instance from grpc.ssl_server_credentials; None for plaintext.

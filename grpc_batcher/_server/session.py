@@ -62,7 +62,7 @@ class Session:
         self._too_old_ns = _too_old_ns(context, service.max_connection_age_s)
         # Makes "pushed" and "counted as taken in" one step, so that a shutdown on another thread sees both or neither.
         self._lock = threading.Lock()
-        # These four are guarded by it.
+        # These five are guarded by it.
         self._is_closed = False
         self._is_retired = False  # whether its status is about to be sent because its connection is too old
         self._is_released = False
