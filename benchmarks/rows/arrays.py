@@ -86,7 +86,10 @@ def _measure(bench: Bench, child: Child, callers: list[Child], size: int, batch_
     port = child.ask("serve", size, batch_size, with_jax)
     for caller in callers:
         caller.ask("connect", f"127.0.0.1:{port}")
-    return bench.measure(child, shared(batch_size, callers), payload_bytes=size, least_batch=_LEAST_BATCHES[size])
+    warm_s = bench.settings.warm_s * max(1, batch_size / 16)  # until each of the callers has had an answer
+    return bench.measure(
+        child, shared(batch_size, callers), payload_bytes=size, least_batch=_LEAST_BATCHES[size], warm_s=warm_s
+    )
 
 
 def _held(bench: Bench, gil: Child) -> Sample:
