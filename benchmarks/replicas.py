@@ -1,9 +1,9 @@
 """Replicas on Ray, next to Ray Serve: `python benchmarks/replicas.py --help`.
 
 The callback waits 10 ms on up to 16 requests, as an accelerator would, so one replica answers at most 1,600 requests
-per second, and the machine's cores are not the limit. (Where they are, have it wait longer: CALLBACK_MS=20.) Callers are
-threads of two Ray actors, each with one request in flight: 32 per replica, so that one batch gathers while another is
-computed.
+per second, and the machine's cores are not the limit. (Where they are, have it wait longer: CALLBACK_MS=20.) Callers
+are threads of two Ray actors, each with one request in flight: 32 per replica, so that one batch gathers while another
+is computed.
 
 Prints a table and writes it as JSON. It needs `pip install ".[bench-ray]"`.
 """
