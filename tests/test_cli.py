@@ -846,7 +846,7 @@ def test_bench_shows_its_progress_only_on_a_terminal(folder: Path) -> None:
         shown = screen.read(65536).decode()
     assert status == 0
     assert "2 callers: warming up" in shown
-    assert re.search(r"2 callers: 0\.\d of 0\.2 s, \d+ answers", shown)
+    assert re.search(r"2 callers: 0\.\d of 0\.5 s, \d+ answers", shown)
     assert shown.endswith("\r\x1b[K")  # the line is cleared at the end
     assert "\x1b" not in output
 
