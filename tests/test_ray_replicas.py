@@ -28,6 +28,7 @@ from serving import error_of, eventually, in_background, run_program
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 np = pytest.importorskip("numpy")
 
+from grpc_batcher._replicas import client as replica_client  # noqa: E402
 from grpc_batcher._replicas.replica import Publication  # noqa: E402
 from grpc_batcher.prometheus import ReplicasCollector  # noqa: E402
 from grpc_batcher.ray import Replicas, connect, launch  # noqa: E402
@@ -314,6 +315,38 @@ def test_without_a_replica_requests_are_unavailable_and_closing_still_works() ->
     for client in clients:
         client.close()
     replicas.shutdown()
+
+
+@contextmanager
+def stopped_directory(replicas: Replicas) -> Iterator[None]:
+    """Have the directory not answer until this is left."""
+    pid = ray.get(replicas._directory.__ray_call__.remote(lambda _self: os.getpid()))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_a_first_request_waits_for_a_silent_directory_within_limits_and_holds_up_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with launched(make_pid_batcher, 1) as replicas, replicas.client() as patient, replicas.client() as closed:
+        with stopped_directory(replicas):
+            waiting, doomed = in_background(patient.send_request, b"x"), in_background(closed.send_request, b"x")
+            eventually(lambda: patient._directory_route._waits_until_ns and closed._directory_route._waits_until_ns)
+            closed.close()
+            error = error_of(patient.send_request, b"x", timeout_s=0.01)
+            assert error.code().name == "DEADLINE_EXCEEDED"
+            monkeypatch.setattr(replica_client, "_FIRST_ANSWER_LIMIT_NS", 10_000_000)
+            with replicas.client() as impatient:
+                error = error_of(impatient.send_request, b"x")
+                assert error.code().name == "UNAVAILABLE"
+                assert "directory does not answer" in error.details()
+            assert not waiting.done()
+        assert waiting.result()
+        with pytest.raises(RuntimeError, match="the client is closed"):
+            doomed.result()
 
 
 # ---- weights ----

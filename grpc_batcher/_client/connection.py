@@ -26,11 +26,14 @@ _BALANCING_OPTIONS = ("grpc.lb_policy_name", "grpc.service_config")
 class Route(Protocol):
     """Finds a client's server, if that may move."""
 
-    def target(self) -> str:
-        """Return gRPC's target for the server to use now. Blocks only until the first one is known.
+    def find(self, due_ns: int | None) -> None:
+        """Have `target` know a server. May wait for one, for seconds, or until the monotonic time `due_ns`.
 
         Raises RequestError if there is none.
         """
+
+    def target(self) -> str:
+        """Return gRPC's target for the server to use now. Never blocks; `find` comes first."""
 
     def lost(self, target: str) -> None:
         """Note that the server of a target that `target` returned does not answer, or is leaving."""
@@ -60,6 +63,11 @@ class Connection:
     def has_others(self) -> bool:
         """Whether another stream may lead to another server."""
         return self.route is not None or self.is_balanced
+
+    def find_server(self, due_ns: int | None) -> None:
+        """Have `target` know a server that may move. May wait, for seconds; raises RequestError if there is none."""
+        if self.route is not None:
+            self.route.find(due_ns)
 
     def target(self) -> str:
         """Return the target of the channel to use now."""

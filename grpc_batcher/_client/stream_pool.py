@@ -107,8 +107,10 @@ class StreamPool:
         due_ns: monotonic time at which to cancel the stream unless it has been given back; None for never.
         fresh: open a new one even if one is idle.
 
-        Raises RuntimeError if the client is closed, or if no thread can be started to keep the time limit.
+        Raises RuntimeError if the client is closed, or if no thread can be started to keep the time limit. Raises
+        RequestError if its server may move and none is known.
         """
+        self._find_server(due_ns)
         dead: list[Loan] = []
         try:
             with self._lock:
@@ -119,11 +121,12 @@ class StreamPool:
                 self._drop(broken)
 
     def borrow_pooled(self, count: int, due_ns: int | None, *, fresh: bool = False) -> list[Loan]:
-        """Return pooled streams, as `borrow` does. Never blocks.
+        """Return pooled streams, as `borrow` does. Never blocks, except to find a server that may move.
 
         The most recently used are lent, and of these the most recently used come last. If requests are sent in this
         order, the server, which knows who was answered a moment ago, sees those that it expects after the others.
         """
+        self._find_server(due_ns)
         dead: list[Loan] = []
         loans: list[Loan] = []
         try:
@@ -140,6 +143,11 @@ class StreamPool:
                 self._drop(broken)
         loans.reverse()
         return loans
+
+    def _find_server(self, due_ns: int | None) -> None:
+        """May wait, so the lock must be free: `close` and other threads need it."""
+        if self._moves and not self._closed:
+            self._connection.find_server(due_ns)
 
     def _lend(self, idle: list[Loan], due_ns: int | None, fresh: bool, dead: list[Loan]) -> Loan:
         if self._moves and self._link is not None and self._link.target != self._connection.target():

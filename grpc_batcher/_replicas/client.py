@@ -19,6 +19,9 @@ from .._errors import RequestError
 # How long a client waits before it asks again, if the directory did not answer.
 _RETRY_NS = 1_000_000_000
 
+# How long a request waits for the directory's first answer, at most. Ray restarts a directory within a few seconds.
+_FIRST_ANSWER_LIMIT_NS = 10_000_000_000
+
 
 class ReplicaClient(MukoeBatcherClient):
     """A `MukoeBatcherClient` of replicas. Made by `Replicas.client`."""
@@ -56,40 +59,31 @@ class _DirectoryRoute:
     def __init__(self, directory: Any) -> None:
         self._directory = directory
         self._client = uuid.uuid4().hex
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()  # its lock is reentrant: a signal handler may send a request
         # These are guarded by it.
         self._replicas: list[str] = []
         self._target = ""
         self._is_asking = False
         self._asks_ns = 0
+        self._waits_until_ns = 0  # until when requests wait for an answer; 0 if they need not
+        self._fault = ""  # why no replica is known
+
+    def find(self, due_ns: int | None) -> None:
+        now_ns = time.monotonic_ns()
+        if now_ns >= self._asks_ns or not self._target:
+            self._ask_again(now_ns)
+        if self._waits_until_ns:
+            self._wait(due_ns)
+        if not self._target:
+            if due_ns is not None and due_ns <= time.monotonic_ns():
+                raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, "no replica was known within timeout_s")
+            raise RequestError(grpc.StatusCode.UNAVAILABLE, self._fault)
 
     def target(self) -> str:
-        if not self._target:
-            self._find_first()
-        elif time.monotonic_ns() >= self._asks_ns:
-            with self._lock:
-                if self._is_asking:
-                    return self._target
-                self._is_asking = True
-            try:
-                self._ask().add_done_callback(self._note_answer)
-            except Exception:  # this process has left Ray
-                self._note_silence()
         return self._target
 
-    def _find_first(self) -> None:
-        """Wait for the directory's first answer. Raises RequestError if there is no replica now."""
-        try:
-            self._note(self._ask().result())
-        except ray.exceptions.RayError as error:
-            raise RequestError(
-                grpc.StatusCode.UNAVAILABLE, f"the replicas' directory does not answer: {error}"
-            ) from None
-        if not self._target:
-            raise RequestError(grpc.StatusCode.UNAVAILABLE, "no replica is serving now; Ray may be restarting them")
-
     def lost(self, target: str) -> None:
-        with self._lock:
+        with self._changed:
             if target == self._target and self._replicas:
                 self._replicas.append(self._replicas.pop(0))
                 self._target = _target_of(self._replicas)
@@ -101,6 +95,27 @@ class _DirectoryRoute:
             with suppress(Exception):  # the directory forgets the client in any case, a few seconds later
                 self._directory.leave.remote(self._client)
 
+    def _ask_again(self, now_ns: int) -> None:
+        with self._changed:
+            if not self._target:
+                self._waits_until_ns = now_ns + _FIRST_ANSWER_LIMIT_NS
+                self._fault = "the replicas' directory does not answer; Ray may be restarting it"
+            elif self._is_asking:
+                return
+            self._is_asking = True
+        try:
+            self._ask().add_done_callback(self._note_answer)
+        except Exception as error:  # this process has left Ray
+            self._note_silence(error)
+
+    def _wait(self, due_ns: int | None) -> None:
+        with self._changed:
+            until_ns = self._waits_until_ns if due_ns is None else min(self._waits_until_ns, due_ns)
+            left_s = max(0.0, (until_ns - time.monotonic_ns()) / 1e9)
+            is_over = self._changed.wait_for(lambda: not self._waits_until_ns, left_s)
+            if not is_over and self._waits_until_ns <= time.monotonic_ns():
+                self._waits_until_ns = 0
+
     def _ask(self) -> Future[Any]:
         if not ray.is_initialized():  # Ray would start anew
             raise ray.exceptions.RaySystemError("this process has left Ray")
@@ -108,29 +123,35 @@ class _DirectoryRoute:
         return future
 
     def _target_replica(self) -> str:
-        with self._lock:
+        with self._changed:
             return self._replicas[0] if self._replicas else ""
 
     def _note_answer(self, answer: Future[Any]) -> None:
         """Runs on a thread of Ray's."""
         try:
-            self._note(answer.result())
-        except Exception:  # it is away, or gone for good; the replicas may still be there
-            self._note_silence()
+            self._note(*answer.result())
+        except Exception as error:  # it is away, or gone for good; the replicas may still be there
+            self._note_silence(error)
 
-    def _note_silence(self) -> None:
-        with self._lock:
+    def _note_silence(self, error: Exception) -> None:
+        with self._changed:
+            self._fault = f"the replicas' directory does not answer: {error}"
             self._asks_ns = time.monotonic_ns() + _RETRY_NS
-            self._is_asking = False
+            self._end_wait()
 
-    def _note(self, answer: tuple[list[str], float]) -> None:
-        replicas, pause_s = answer
-        with self._lock:
+    def _note(self, replicas: list[str], pause_s: float) -> None:
+        with self._changed:
             if replicas and replicas[:1] != self._replicas[:1]:
                 self._target = _target_of(replicas)
             self._replicas = replicas or self._replicas
+            self._fault = "no replica is serving now; Ray may be restarting them"
             self._asks_ns = time.monotonic_ns() + int(pause_s * 1e9)
-            self._is_asking = False
+            self._end_wait()
+
+    def _end_wait(self) -> None:
+        self._is_asking = False
+        self._waits_until_ns = 0
+        self._changed.notify_all()
 
 
 def _target_of(replicas: Sequence[str]) -> str:
