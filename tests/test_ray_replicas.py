@@ -349,6 +349,18 @@ def test_a_first_request_waits_for_a_silent_directory_within_limits_and_holds_up
             doomed.result()
 
 
+def test_an_idle_client_finds_replicas_that_were_restarted_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_client, "_LONG_PAUSE_INTERVALS", 0)
+    with launched(make_pid_batcher, 2) as replicas, replicas.client() as client:
+        killed = {pid_of_replica(replicas, number) for number in range(2)}
+        assert pid_of(client) in killed
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not any(map(is_alive, killed)))
+        eventually(lambda: is_back(replicas, 2))
+        assert pid_of(client) not in killed
+
+
 # ---- weights ----
 
 

@@ -22,6 +22,11 @@ _RETRY_NS = 1_000_000_000
 # How long a request waits for the directory's first answer, at most. Ray restarts a directory within a few seconds.
 _FIRST_ANSWER_LIMIT_NS = 10_000_000_000
 
+# A client that is late by this many of its intervals was idle. Its replicas may have been restarted at other ports, so
+# its next request waits for a fresh answer, at most for this long: the addresses that it knows may still be right.
+_LONG_PAUSE_INTERVALS = 3
+_FRESH_ANSWER_LIMIT_NS = 1_000_000_000
+
 
 class ReplicaClient(MukoeBatcherClient):
     """A `MukoeBatcherClient` of replicas. Made by `Replicas.client`."""
@@ -52,6 +57,8 @@ def _unpickle(directory: Any, name: str, options: dict[str, Any]) -> ReplicaClie
 class _DirectoryRoute:
     """A `Route` that asks the directory now and then, in the background, while requests are sent.
 
+    Only the first request, and the first after a long pause, wait for an answer.
+
     The target lists all replicas, the assigned one first: gRPC sends to the first that it can connect to. So a request
     that could not be sent to the assigned replica goes to another even while the directory is away.
     """
@@ -65,6 +72,7 @@ class _DirectoryRoute:
         self._target = ""
         self._is_asking = False
         self._asks_ns = 0
+        self._interval_ns = 0
         self._waits_until_ns = 0  # until when requests wait for an answer; 0 if they need not
         self._fault = ""  # why no replica is known
 
@@ -87,7 +95,7 @@ class _DirectoryRoute:
             if target == self._target and self._replicas:
                 self._replicas.append(self._replicas.pop(0))
                 self._target = _target_of(self._replicas)
-            self._asks_ns = 0
+            self._asks_ns = min(self._asks_ns, time.monotonic_ns())  # soon, but it was not idle
 
     def leave(self) -> None:
         """The client was closed."""
@@ -102,6 +110,8 @@ class _DirectoryRoute:
                 self._fault = "the replicas' directory does not answer; Ray may be restarting it"
             elif self._is_asking:
                 return
+            elif now_ns >= self._asks_ns + _LONG_PAUSE_INTERVALS * self._interval_ns:
+                self._waits_until_ns = now_ns + _FRESH_ANSWER_LIMIT_NS
             self._is_asking = True
         try:
             self._ask().add_done_callback(self._note_answer)
@@ -145,7 +155,8 @@ class _DirectoryRoute:
                 self._target = _target_of(replicas)
             self._replicas = replicas or self._replicas
             self._fault = "no replica is serving now; Ray may be restarting them"
-            self._asks_ns = time.monotonic_ns() + int(pause_s * 1e9)
+            self._interval_ns = int(pause_s * 1e9)
+            self._asks_ns = time.monotonic_ns() + self._interval_ns
             self._end_wait()
 
     def _end_wait(self) -> None:
