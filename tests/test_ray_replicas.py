@@ -312,6 +312,12 @@ def test_without_a_replica_requests_are_unavailable_and_closing_still_works() ->
     # It never asked before. The directory ends a moment after the replicas.
     eventually(lambda: "directory does not answer" in error_of(clients[1].send_request, b"x").details())
     assert error_of(clients[1].send_request, b"x").code().name == "UNAVAILABLE"
+    # Errors are the outcomes of the requests also where these are not waited for one by one.
+    future = clients[1].submit(b"x")
+    for error in (future.exception(), *clients[1].send_many([b"x"] * 2, return_exceptions=True)):
+        assert isinstance(error, RequestError)
+        assert error.code().name == "UNAVAILABLE"
+    assert error_of(clients[1].send_many, [b"x"]).code().name == "UNAVAILABLE"
     for client in clients:
         client.close()
     replicas.shutdown()

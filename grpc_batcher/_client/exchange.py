@@ -72,11 +72,17 @@ class Exchanges:
     def begin(self, messages: Iterable[tuple[bytes, OnOutcome]], due_ns: int | None) -> list[Exchange]:
         """Send messages, each with a place of its own, and call `OnOutcome` of each when it has ended.
 
+        That may be before this returns: if no server is known, it is every request's outcome.
+
         Raises RuntimeError as the pool does. Then nothing was sent, and the places are free.
         """
         exchanges = [Exchange(self, message, due_ns, on_outcome) for message, on_outcome in messages]
         try:
             loans = self.pool.borrow_pooled(len(exchanges), due_ns)
+        except RequestError as error:  # no server is known
+            for exchange in exchanges:
+                exchange.end(None, RequestError(error.code(), error.details()))
+            return exchanges
         except BaseException:
             for _ in exchanges:
                 self.places.free()
@@ -205,6 +211,10 @@ class Exchange:
                 outcome = RequestError(grpc.StatusCode.CANCELLED, "the client was closed")
         if reply is None and outcome is None:
             outcome = RequestError(grpc.StatusCode.CANCELLED, "the request was cancelled")
+        self.end(reply, outcome)
+
+    def end(self, reply: bytes | None, outcome: Exception | None) -> None:
+        """Free the place, and tell of the outcome."""
         self._message = b""
         # A future has its exchange. Were the exchange to keep the future, only the garbage collector could free both,
         # and the answer with them.
