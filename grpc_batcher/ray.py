@@ -55,7 +55,8 @@ def launch(
     actor_options: options of Ray's actors for each replica, such as {"num_gpus": 1}, {"resources": {"TPU": 4}} or a
         scheduling_strategy. Ray restarts a replica that dies, without limit unless `max_restarts` says otherwise.
         {"lifetime": "detached"} has the replicas outlive this program; otherwise they end with it.
-    name: lets programs of the same Ray namespace `connect` to the replicas; None: they cannot.
+    name: lets programs of the same Ray namespace `connect` to the replicas; None: they cannot. It must not end in a dot
+        and a number, as the replicas' own names do.
 
     Raises what the first replica that failed to start raised, with its type and traceback, after ending all others.
     Raises TypeError or ValueError for arguments that cannot be used, and ValueError if the name is taken.
@@ -63,8 +64,8 @@ def launch(
     if not callable(make_batcher):
         raise TypeError(f"make_batcher is {make_batcher!r}; it must be a function that returns a batcher")
     _check_count(count)
-    if name is not None and (not isinstance(name, str) or not name):
-        raise ValueError(f"name is {name!r}; it must be a str that is not empty, or None")
+    if name is not None:
+        _check_name(name)
     options = dict(actor_options or {})
     if taken := sorted(set(options).intersection(_OWN_OPTIONS)):
         raise ValueError(f"actor_options contains {taken[0]!r}, which the replicas set themselves")
@@ -96,6 +97,7 @@ def connect(name: str) -> Replicas:
 
     Raises ValueError if there are none.
     """
+    _check_name(name)
     try:
         directory = ray.get_actor(f"{_PREFIX}{name}")
     except ValueError:
@@ -172,6 +174,14 @@ class Replicas:
 
     def __repr__(self) -> str:
         return f"<replicas {self._actor_name.removeprefix(_PREFIX)!r}>"
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name is {name!r}; it must be a str that is not empty")
+    _, dot, number = name.rpartition(".")
+    if dot and number.isdecimal():  # this may be what another name's replica is called
+        raise ValueError(f"name is {name!r}; it must not end in a dot and a number, as the replicas' own names do")
 
 
 def _check_count(count: int) -> None:

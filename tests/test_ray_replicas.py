@@ -189,6 +189,7 @@ def test_launch_waits_for_the_warm_up_and_raises_its_error() -> None:
         ({"count": True}, ValueError, "count is True"),
         ({"count": 1.5}, ValueError, "count is 1.5"),
         ({"name": ""}, ValueError, "name is ''"),
+        ({"name": "model.1"}, ValueError, "name is 'model.1'; it must not end in a dot and a number"),
         ({"actor_options": {"name": "x"}}, ValueError, "'name', which the replicas set"),
         ({"actor_options": {"no_such_option": 1}}, ValueError, "no_such_option"),
     ],
@@ -227,6 +228,8 @@ def test_other_programs_find_replicas_by_their_name_and_use_all_of_their_methods
         launch(make_pid_batcher, 1, name="pids")
     with pytest.raises(ValueError, match="name is 'nobody'"):
         connect("nobody")
+    with pytest.raises(ValueError, match=r"name is 'pids\.1'"):  # a replica
+        connect("pids.1")
 
 
 def test_a_later_call_takes_over_from_one_that_waits_for_a_place() -> None:
