@@ -5,6 +5,7 @@ prometheus_client.REGISTRY.register(BatcherCollector(batcher))
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from .ray import Replicas
 
 __all__ = ["BatcherCollector", "ReplicasCollector"]
+
+_logger = logging.getLogger("grpc_batcher")
 
 _LABELS = ("model", "port")
 _REPLICA_LABELS = ("model", "replica")
@@ -74,8 +77,8 @@ class ReplicasCollector(Collector):
     replicas: what `launch` or `connect` returned.
 
     Each sample has the labels `model` and `replica`, which is the replica's number. A replica that is being restarted
-    has no samples, and its counters then start at 0, as in any new process. Unregister the collector when the replicas
-    are shut down: it would fail every scrape.
+    has no samples, and its counters then start at 0, as in any new process. After the replicas were shut down, or this
+    process has left Ray, there are no samples at all.
     """
 
     def __init__(self, replicas: Replicas) -> None:
@@ -83,7 +86,14 @@ class ReplicasCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Return the metrics as they are now; a registry calls it."""
-        found = self._replicas.metrics()
+        import ray  # whoever has replicas has it
+
+        found: dict[str, Metrics] = {}
+        if ray.is_initialized():  # otherwise Ray would start anew
+            try:
+                found = self._replicas.metrics()
+            except ray.exceptions.RayActorError as error:  # one collector that raises would fail the whole page
+                _logger.debug("%r cannot tell their metrics: %s", self._replicas, error)
         return _families(
             _REPLICA_LABELS, (((metrics.model, number), metrics, True) for number, metrics in found.items())
         )

@@ -22,6 +22,7 @@ import grpc_batcher
 from grpc_batcher import Array, Batch, MukoeBatcher, MukoeBatcherClient, RequestError, create_batcher
 
 import pytest
+from prometheus_client import CollectorRegistry
 from accounting import Ledger, asking, wait_for_answers
 from serving import error_of, eventually, in_background, run_program
 
@@ -682,6 +683,20 @@ def test_prometheus_gets_the_metrics_of_all_replicas_each_with_its_label(pids: R
     assert answered == {("repr", number): metrics.requests["OK"] for number, metrics in counters.items()}
     assert set(counters) == {"0", "1"}
     assert [sample.value for sample in families["grpc_batcher_ready"].samples] == [1.0, 1.0]
+
+
+def test_after_shutdown_a_registered_collector_gives_no_samples(caplog: pytest.LogCaptureFixture) -> None:
+    registry = CollectorRegistry()
+    with launched(make_pid_batcher, 1) as replicas:
+        registry.register(ReplicasCollector(replicas))
+        assert registry.get_sample_value("grpc_batcher_ready", {"model": "repr", "replica": "0"}) == 1
+
+    def is_logged() -> bool:
+        assert [sample for family in registry.collect() for sample in family.samples] == []
+        return "cannot tell their metrics" in caplog.text
+
+    with caplog.at_level("DEBUG", logger="grpc_batcher"):
+        eventually(is_logged)  # the directory ends a moment after the replicas
 
 
 def test_importing_the_package_does_not_import_ray(tmp_path: Path) -> None:
