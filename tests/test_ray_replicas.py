@@ -445,6 +445,23 @@ def test_a_replica_that_is_restarted_or_added_starts_with_the_latest_weights() -
             replicas.publish("weights", step=2**31)
 
 
+def test_a_replica_that_was_restarted_unnoticed_serves_without_another_restart() -> None:
+    def forget(replica: Any) -> tuple[int, int]:
+        """Make the process look like a new one. Returns it, and the port that it served on."""
+        replica.former, replica._batcher = replica._batcher, None
+        return os.getpid(), replica.former.port
+
+    def serving(replica: Any) -> tuple[int, int] | None:
+        return None if replica._batcher is None else (os.getpid(), replica._batcher.port)
+
+    with launched(make_pid_batcher, 1) as replicas:
+        actor = ray.get_actor(f"{replicas._actor_name}.0")
+        pid, port = ray.get(actor.__ray_call__.remote(forget))
+        eventually(lambda: is_back(replicas, 1))
+        new_pid, new_port = ray.get(actor.__ray_call__.remote(serving))
+        assert (new_pid, new_port != port) == (pid, True)
+
+
 def answer_or_none(client: MukoeBatcherClient) -> Any:
     try:
         return client.send_request(b"x")

@@ -274,10 +274,10 @@ class Directory:
                 if publication is not self._publication:
                     continue  # it must not serve older weights than the others
                 entry.serves(address)
-                while not await entry.actor.wait_until_it_ended.remote():
+                while (has_ended := await entry.actor.wait_until_it_ended.remote()) is False:
                     pass
                 entry.address = None
-                if not entry.is_draining:
+                if has_ended and not entry.is_draining:  # otherwise the process is a new one, which is to serve
                     _logger.warning("the batcher of replica %d has ended; the replica is restarted", entry.number)
                     ray.kill(entry.actor, no_restart=False)
             except ray.exceptions.RayActorError as error:

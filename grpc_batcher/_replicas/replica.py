@@ -86,9 +86,13 @@ class Replica:
         """Return what was published last, for a directory that has forgotten it."""
         return self._publication
 
-    def wait_until_it_ended(self) -> bool:
-        """Wait until the batcher has ended, for a few seconds. Returns whether it has."""
-        assert self._batcher is not None
+    def wait_until_it_ended(self) -> bool | None:
+        """Wait until the batcher has ended, for a few seconds. Returns whether it has.
+
+        Returns None if it was never started, because Ray has restarted this process since `serve` was called.
+        """
+        if self._batcher is None:
+            return None
         return self._batcher._life.wait_until_shut_down(_WAIT_S)
 
     def metrics(self) -> Metrics | None:
