@@ -26,12 +26,11 @@ except ImportError as error:
 from ._models import check_int32
 from ._replicas.client import ReplicaClient
 from ._replicas.directory import Directory
+from ._replicas.names import PREFIX
 from ._server.batcher import MukoeBatcher
 from ._server.metrics import Metrics
 
 __all__ = ["Replicas", "connect", "launch"]
-
-_PREFIX = "grpc_batcher."
 
 # How many calls may wait in the directory. Each replica always has one there.
 _DIRECTORY_CALLS = 100_000
@@ -70,7 +69,7 @@ def launch(
     if taken := sorted(set(options).intersection(_OWN_OPTIONS)):
         raise ValueError(f"actor_options contains {taken[0]!r}, which the replicas set themselves")
     lifetime = options.pop("lifetime", None)
-    actor_name = f"{_PREFIX}{name or uuid.uuid4().hex}"
+    actor_name = f"{PREFIX}{name or uuid.uuid4().hex}"
     directory = (
         ray.remote(Directory)
         .options(
@@ -99,10 +98,10 @@ def connect(name: str) -> Replicas:
     """
     _check_name(name)
     try:
-        directory = ray.get_actor(f"{_PREFIX}{name}")
+        directory = ray.get_actor(f"{PREFIX}{name}")
     except ValueError:
         raise ValueError(f"name is {name!r}; no replicas of that name run in this Ray namespace") from None
-    return Replicas(directory, f"{_PREFIX}{name}")
+    return Replicas(directory, f"{PREFIX}{name}")
 
 
 class Replicas:
@@ -124,7 +123,7 @@ class Replicas:
         did not reach the callback is sent to another replica; any other that fails raises RequestError, as always.
         Can be pickled, for Ray's actors and tasks: each copy is a client of its own.
         """
-        return ReplicaClient(self._directory, self._actor_name.removeprefix(_PREFIX), **options)
+        return ReplicaClient(self._directory, self._actor_name.removeprefix(PREFIX), **options)
 
     def publish(self, weights: Any, *, step: int) -> None:
         """Make all replicas use these weights from their next batch on. Returns when all have them.
@@ -173,7 +172,7 @@ class Replicas:
         ray.kill(self._directory, no_restart=True)
 
     def __repr__(self) -> str:
-        return f"<replicas {self._actor_name.removeprefix(_PREFIX)!r}>"
+        return f"<replicas {self._actor_name.removeprefix(PREFIX)!r}>"
 
 
 def _check_name(name: str) -> None:

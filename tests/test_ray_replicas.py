@@ -22,14 +22,15 @@ import grpc_batcher
 from grpc_batcher import Array, Batch, MukoeBatcher, MukoeBatcherClient, RequestError, create_batcher
 
 import pytest
-from prometheus_client import CollectorRegistry
 from accounting import Ledger, asking, wait_for_answers
+from prometheus_client import CollectorRegistry
 from serving import error_of, eventually, in_background, run_program
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 np = pytest.importorskip("numpy")
 
 from grpc_batcher._replicas import client as replica_client  # noqa: E402
+from grpc_batcher._replicas.names import exists  # noqa: E402
 from grpc_batcher._replicas.replica import Publication  # noqa: E402
 from grpc_batcher.prometheus import ReplicasCollector  # noqa: E402
 from grpc_batcher.ray import Replicas, connect, launch  # noqa: E402
@@ -312,6 +313,7 @@ def test_without_a_replica_requests_are_unavailable_and_closing_still_works() ->
     with launched(make_pid_batcher, 1) as replicas:
         clients = [replicas.client() for _ in range(2)]
         assert pid_of(clients[0])
+    assert not exists(replicas._actor_name)  # so closing clients does not call it
     assert error_of(clients[0].send_request, b"x").code().name == "UNAVAILABLE"
     # It never asked before. The directory ends a moment after the replicas.
     eventually(lambda: "directory does not answer" in error_of(clients[1].send_request, b"x").details())

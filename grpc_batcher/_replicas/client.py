@@ -15,6 +15,7 @@ import ray
 
 from .._client.client import MukoeBatcherClient
 from .._errors import RequestError
+from .names import PREFIX, exists
 
 # How long a client waits before it asks again, if the directory did not answer.
 _RETRY_NS = 1_000_000_000
@@ -34,7 +35,7 @@ class ReplicaClient(MukoeBatcherClient):
     def __init__(self, directory: Any, name: str, **options: Any) -> None:
         self._directory = directory
         self._name = name
-        self._route = self._directory_route = _DirectoryRoute(directory)
+        self._route = self._directory_route = _DirectoryRoute(directory, f"{PREFIX}{name}")
         super().__init__(name, **options)
 
     def close(self) -> None:
@@ -63,8 +64,9 @@ class _DirectoryRoute:
     that could not be sent to the assigned replica goes to another even while the directory is away.
     """
 
-    def __init__(self, directory: Any) -> None:
+    def __init__(self, directory: Any, actor_name: str) -> None:
         self._directory = directory
+        self._actor_name = actor_name
         self._client = uuid.uuid4().hex
         self._changed = threading.Condition()  # its lock is reentrant: a signal handler may send a request
         # These are guarded by it.
@@ -101,7 +103,8 @@ class _DirectoryRoute:
         """The client was closed."""
         if ray.is_initialized():
             with suppress(Exception):  # the directory forgets the client in any case, a few seconds later
-                self._directory.leave.remote(self._client)
+                if exists(self._actor_name):  # after a shutdown, Ray would print that it retries the call
+                    self._directory.leave.remote(self._client)
 
     def _ask_again(self, now_ns: int) -> None:
         with self._changed:

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from .._server.metrics import Metrics
+from .names import exists
 from .replica import NOTHING_PUBLISHED, Publication, Replica
 
 _logger = logging.getLogger("grpc_batcher")
@@ -305,13 +306,7 @@ class Directory:
                     ray.kill(entry.actor, no_restart=False)
 
     def _has_name(self, entry: _Entry) -> bool:
-        try:
-            ray.get_actor(self._actor_name(entry.number))
-        except ValueError:
-            return False
-        except ray.exceptions.RayError:  # Ray itself does not answer
-            return True
-        return True
+        return exists(self._actor_name(entry.number))
 
     def _forget_clients(self) -> float:
         """Forget those that have not asked for long. Returns how soon a client should ask again."""

@@ -14,6 +14,7 @@ from ray import cloudpickle
 from .._contract import is_unix_socket
 from .._server.batcher import MukoeBatcher
 from .._server.metrics import Metrics
+from .names import exists
 
 _logger = logging.getLogger("grpc_batcher")
 
@@ -114,7 +115,7 @@ class Replica:
 
         Replicas are detached actors, so that a directory that dies and comes back finds them alive.
         """
-        while _exists(self._directory_name):
+        while exists(self._directory_name):
             try:
                 ray.get(directory.hold.remote())
             except ray.exceptions.RayError:
@@ -126,16 +127,6 @@ class Replica:
             ray.kill(ray.get_actor(self._name), no_restart=True)
         finally:
             os._exit(0)
-
-
-def _exists(name: str) -> bool:
-    try:
-        ray.get_actor(name)
-    except ValueError:
-        return False
-    except ray.exceptions.RayError:  # Ray itself does not answer
-        return True
-    return True
 
 
 def _address_of(batcher: MukoeBatcher) -> str:
