@@ -21,6 +21,7 @@ from grpc_batcher._cli.workers import obey
 import msgpack
 import numpy as np
 from array_kinds import ARRAYS, BY_HAND, DTYPES, EMBEDDING_SHAPE, OBSERVATION_SHAPE
+from servers.batcher import counts_of
 
 POLICY_SIZE = 18
 
@@ -127,13 +128,7 @@ class Server:
         return self.batcher.port
 
     def counts(self) -> dict[str, Any]:
-        metrics = self.batcher.metrics()
-        return {
-            "batches": sum(metrics.batches.values()),
-            "batched_requests": metrics.batched_requests,
-            "open_streams": metrics.open_streams,
-            "transport": self.batcher.transport,
-        }
+        return counts_of(self.batcher)
 
     def close(self) -> None:
         self._running.close()

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from grpc_batcher import create_batcher, info
+from grpc_batcher import MukoeBatcher, create_batcher, info
 from grpc_batcher._cli.workers import obey
 
 from answers import FILLER, KEY, TAG_BYTES
@@ -113,15 +113,20 @@ def run(pipe: Connection, batch_size: int, batch_timeout_s: float, callback: str
         track_metrics=False,
         leave_early=leave_early,
     ) as batcher:
+        serve(pipe, batcher, commands)
 
-        def counts() -> dict[str, Any]:
-            metrics = batcher.metrics()
-            return {
-                "batches": sum(metrics.batches.values()),
-                "batched_requests": metrics.batched_requests,
-                "open_streams": metrics.open_streams,
-                "transport": batcher.transport,
-            }
 
-        pipe.send({"port": batcher.port, "transport": batcher.transport, "counts": True})
-        obey(pipe, {**commands, "counts": counts, "info": info})
+def serve(pipe: Connection, batcher: MukoeBatcher, commands: Mapping[str, Callable[..., Any]]) -> None:
+    """Tell where a batcher serves, and obey until the benchmark ends it."""
+    pipe.send({"port": batcher.port, "transport": batcher.transport, "counts": True})
+    obey(pipe, {**commands, "counts": lambda: counts_of(batcher), "info": info})
+
+
+def counts_of(batcher: MukoeBatcher) -> dict[str, Any]:
+    metrics = batcher.metrics()
+    return {
+        "batches": sum(metrics.batches.values()),
+        "batched_requests": metrics.batched_requests,
+        "open_streams": metrics.open_streams,
+        "transport": batcher.transport,
+    }

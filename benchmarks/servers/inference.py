@@ -12,6 +12,7 @@ from grpc_batcher import Array, Batch, create_batcher, info
 from grpc_batcher._cli.workers import obey
 
 from answers import ANSWER_BYTES, FILLER, INPUT, KEY, MODEL, TAG_BYTES
+from servers.batcher import serve
 from servers.ports import free_ports
 
 
@@ -43,17 +44,7 @@ def run(pipe: Connection, batch_size: int, batch_timeout_s: float, payload_bytes
         open_inference=True,
         model_name=MODEL,
     ) as batcher:
-
-        def counts() -> dict[str, Any]:
-            metrics = batcher.metrics()
-            return {
-                "batches": sum(metrics.batches.values()),
-                "batched_requests": metrics.batched_requests,
-                "transport": batcher.transport,
-            }
-
-        pipe.send({"port": batcher.port, "transport": batcher.transport, "counts": True})
-        obey(pipe, {"counts": counts, "info": info})
+        serve(pipe, batcher, {})
 
 
 def run_pytriton(pipe: Connection, batch_size: int, batch_timeout_s: float, payload_bytes: int) -> None:
