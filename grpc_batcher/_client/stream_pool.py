@@ -215,8 +215,7 @@ class StreamPool:
         with self._lock:
             self._lent.discard(loan)
             if server_lost and loan.link is self._link:
-                self._link = None
-                loan.link.is_current = False
+                self._leave_link()
                 self._connection.note_lost(loan.link.target)
         self._drop(loan)
 
