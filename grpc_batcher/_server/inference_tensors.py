@@ -44,11 +44,7 @@ _ACTION = "action"
 
 _SHARED_MEMORY = "shared_memory_region"
 
-
-# What a request's parameters may ask for and this server does not have. Others, such as a priority, are hints.
-_REFUSED = {
-    "sequence_id": "asks for a sequence, but this server keeps nothing between requests",
-}
+# What a request may ask for an output and this server does not have. Other parameters, such as a priority, are hints.
 _REFUSED_FOR_OUTPUTS = {
     _SHARED_MEMORY: "is to go to shared memory, which this server does not have",
     "classification": "is to be classified, which this server does not do; ask for the output and sort it",
@@ -156,9 +152,10 @@ def tensor_metadata(name: str, dtype: str, row_shape: Sequence[int]) -> ModelMet
 
 
 def _check_parameters(request: ModelInferRequest) -> None:
-    for name, problem in _REFUSED.items():
-        if name in request.parameters:
-            raise BadRequestError(f"the request {problem} ({name})")
+    if "sequence_id" in request.parameters:
+        raise BadRequestError(
+            "the request asks for a sequence, but this server keeps nothing between requests (sequence_id)"
+        )
     for output in request.outputs:
         for name, problem in _REFUSED_FOR_OUTPUTS.items():
             if name in output.parameters:
