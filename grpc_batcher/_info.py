@@ -16,8 +16,8 @@ def info() -> dict[str, str]:
     """Return what a bug report should contain, by name: versions, and what this process chose and why.
 
     grpc_batcher, grpcio, protobuf, numpy: versions; "not installed" for numpy if it is missing.
-    python: the version, and whether the interpreter was built with optimisations. One that was not costs a quarter of
-        the throughput.
+    python: the version, and whether the interpreter was configured with `--enable-optimizations`. One that is not
+        optimised costs a quarter of the throughput.
     kernel, libc: the system's.
     server_transport, client_transport: "direct" or "public" (see `MukoeBatcher.transport`), and why.
     poller: whether gRPC polls its sockets on the threads that wait for them ("tuned"), and why or why not.
@@ -41,8 +41,10 @@ def info() -> dict[str, str]:
 def _python_build() -> str:
     implementation = sys.implementation.name
     options = sysconfig.get_config_var("CONFIG_ARGS") or ""
-    build = "optimised build" if "--enable-optimizations" in options else "build without --enable-optimizations"
-    return f"{implementation}, {build}"
+    if "--enable-optimizations" in options:
+        return f"{implementation}, optimised build"
+    # Their settings describe the shared library that they build beside the interpreter.
+    return f"{implementation}, configured without --enable-optimizations (Debian's, Ubuntu's and conda's are optimised)"
 
 
 def _version(distribution: str) -> str:

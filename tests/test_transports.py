@@ -469,7 +469,7 @@ def objects_in_use() -> int:
     return len(gc.get_objects())
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_a_thousand_rounds_of_opening_using_and_closing_leave_nothing_behind() -> None:
     """Streams end with OK, by cancellation, with an error and by a time limit; clients are closed."""
     message = MODELS["repr"].write_request({"data": b"x"})
