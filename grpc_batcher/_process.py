@@ -55,9 +55,12 @@ def _choose_poller() -> Tuning:
     try:
         version = importlib.metadata.version("grpcio")
     except importlib.metadata.PackageNotFoundError:  # in a bundle without metadata
+        version = None
+    # None, too, for a folder of metadata that lost its METADATA.
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    if numbers is None:
         return Tuning(False, "the version of grpcio is unknown")
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    release = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    release = (int(numbers[1]), int(numbers[2]))
     if release < _FIRST_WITH_EVENT_ENGINE:
         return Tuning(False, f"grpcio {version} polls by default")
     if release > NEWEST_TESTED_GRPCIO:
@@ -105,9 +108,10 @@ def _keep_freed_memory() -> Tuning:
     process.malloc.restype = ctypes.c_void_p
     process.malloc.argtypes = [ctypes.c_size_t]
     process.free.argtypes = [ctypes.c_void_p]
-    before_bytes = _allocated_bytes(process)
+    glibc = ctypes.CDLL("libc.so.6")  # whose mallinfo another allocator may replace, too
+    before_bytes = _allocated_bytes(glibc)
     block = process.malloc(_PRIMING_BLOCK_BYTES)
-    came_from_glibc = (_allocated_bytes(process) - before_bytes) % 2**32 >= _PRIMING_BLOCK_BYTES // 2
+    came_from_glibc = (_allocated_bytes(glibc) - before_bytes) % 2**32 >= _PRIMING_BLOCK_BYTES // 2
     process.free(block)
     if not came_from_glibc:
         return Tuning(False, "another allocator replaces glibc's")
@@ -134,10 +138,10 @@ class _MallInfo(ctypes.Structure):
     )
 
 
-def _allocated_bytes(process: ctypes.CDLL) -> int:
+def _allocated_bytes(glibc: ctypes.CDLL) -> int:
     """How many bytes glibc's allocator has given out, modulo 4 GiB."""
-    process.mallinfo.restype = _MallInfo
-    found = process.mallinfo()
+    glibc.mallinfo.restype = _MallInfo
+    found = glibc.mallinfo()
     return int(found.uordblks) + int(found.hblkhd)
 
 

@@ -125,6 +125,9 @@ def _families(label_names: Sequence[str], samples: Iterable[tuple[tuple[str, ...
         labels=label_names,
     )
     waiting = GaugeMetricFamily("grpc_batcher_waiting_requests", "Requests waiting for a batch.", labels=label_names)
+    waiting_rows = GaugeMetricFamily(
+        "grpc_batcher_waiting_rows", "Rows of the requests waiting for a batch.", labels=label_names
+    )
     waiting_bytes = GaugeMetricFamily(
         "grpc_batcher_waiting_bytes", "Bytes of the requests waiting for a batch.", labels=label_names
     )
@@ -144,6 +147,7 @@ def _families(label_names: Sequence[str], samples: Iterable[tuple[tuple[str, ...
         _add(callbacks, labels, metrics.callback_histogram_s)
         _add(totals, labels, metrics.end_to_end_histogram_s)
         waiting.add_metric(labels, metrics.waiting)
+        waiting_rows.add_metric(labels, metrics.waiting_rows)
         waiting_bytes.add_metric(labels, metrics.waiting_bytes)
         streams.add_metric(labels, metrics.open_streams)
         if metrics.step is not None and metrics.step_age_s is not None:
@@ -151,7 +155,7 @@ def _families(label_names: Sequence[str], samples: Iterable[tuple[tuple[str, ...
             step_age.add_metric(labels, metrics.step_age_s)
         ready.add_metric(labels, is_ready)
     yield from (requests, batches, sizes, padded, waits, callbacks, totals)
-    yield from (waiting, waiting_bytes, streams, step, step_age, ready)
+    yield from (waiting, waiting_rows, waiting_bytes, streams, step, step_age, ready)
 
 
 def _port_of(batcher: MukoeBatcher) -> str:

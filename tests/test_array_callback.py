@@ -306,11 +306,14 @@ def test_a_callback_that_raises_fails_its_batch_and_the_next_is_answered(
     assert_equal(client.send_request(row(2)), {"data": row(2)})
 
 
-def test_a_batch_without_memory_fails_and_the_next_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_without_memory_fails_and_the_next_is_answered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     with serving(Recording(), arrays=DATA) as batcher, connect(batcher, arrays=True) as client:
         monkeypatch.setattr("grpc_batcher._server.arenas.Arena", lambda size_bytes: bytearray(1 << 62))
         error = error_of(client.send_request, row(1))
         assert (error.code(), error.details()) == (grpc.StatusCode.INTERNAL, "the batcher failed: MemoryError")
+        assert "the batcher failed, so its batch of 1 requests fails" in caplog.text
         monkeypatch.undo()
         assert_equal(client.send_request(row(2)), {"data": row(2)})
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from grpc_batcher import Array, Batch, MukoeBatcher, MukoeBatcherClient
+from grpc_batcher import Array, Batch, MukoeBatcher, MukoeBatcherClient, RequestError
 from grpc_batcher._proto.mukoe_batcher_pb2 import (
     Arrays,
     Dynamics,
@@ -412,6 +412,7 @@ def test_the_queues_limit_counts_rows() -> None:
             "the queue is full: 3 rows are waiting, and this request's 2 would exceed the limit of 4 (max_queue_size)"
         )
         second = waiting(batcher, client.send_request, row(6))
+        assert (batcher.metrics().waiting, batcher.metrics().waiting_rows) == (2, 4)
         assert error_of(client.send_request, row(7)).details() == (
             "the queue is full: 4 rows are waiting, the most allowed (max_queue_size)"
         )
@@ -604,6 +605,24 @@ def test_arguments_that_cannot_be_sent_raise_before_anything_is_sent(
     """Nothing listens there, so that a request that was sent would raise RequestError."""
     with MukoeBatcherClient("127.0.0.1:1", arrays=True) as client, pytest.raises(error, match=re.escape(text)):
         client.send_request(**arguments)
+
+
+def test_requests_of_send_many_are_mappings_in_any_order() -> None:
+    with (
+        serving(lambda batch: dict(batch), model="dyna", arrays=DATA) as batcher,
+        connect(batcher, arrays=True) as client,
+    ):
+        answers = client.send_many(
+            [
+                {"action": 3, "data": row(1)},
+                {"data": row(2), "action": None, "rows": False},
+                {"rows": True, "data": rows(3, 4)},
+            ],
+            return_exceptions=True,
+        )
+        assert_equal(answers[0], {"data": row(1), "action": np.array(3, np.int32)})
+        assert isinstance(answers[1], RequestError)  # as without the action
+        assert isinstance(answers[2], RequestError)
 
 
 def test_rows_need_a_client_of_arrays() -> None:

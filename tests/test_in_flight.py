@@ -202,7 +202,7 @@ def test_send_many_returns_the_answers_in_order() -> None:
     with serving(model="dyna", batch_timeout_s=0.001) as batcher, connect(batcher, max_in_flight=7) as client:
         requests = [(b"%d" % number, number) for number in range(100)]
         assert client.send_many(requests) == [answer(*request) for request in requests]
-        assert client.send_many(iter([{"data": b"named", "action": 1}])) == [answer(b"named", 1)]
+        assert client.send_many(iter([{"action": 1, "rows": False, "data": b"named"}])) == [answer(b"named", 1)]
         assert client.send_many([]) == []
 
 

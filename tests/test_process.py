@@ -201,14 +201,17 @@ def test_a_program_that_has_freed_a_large_array_is_recognised_as_glibcs(tmp_path
     assert run_program(tmp_path, program) == ["tuned: freed memory is kept for the next message"]
 
 
-ALLOCATORS = [name for name in map(ctypes.util.find_library, ("jemalloc", "tcmalloc", "mimalloc")) if name]
+ALLOCATORS = ("jemalloc", "tcmalloc", "tcmalloc_minimal", "mimalloc")
 
 
 @needs_glibc
-@pytest.mark.skipif(not ALLOCATORS, reason="no other allocator is installed here")
-def test_another_allocator_in_glibcs_place_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_another_allocator_in_glibcs_place_is_left_alone(tmp_path: Path, name: str) -> None:
+    library = ctypes.util.find_library(name)
+    if library is None:
+        pytest.skip(f"{name} is not installed here")
     program = TELL_MEMORY.format(before="")
-    assert run_program(tmp_path, program, environment={"LD_PRELOAD": ALLOCATORS[0]}) == [
+    assert run_program(tmp_path, program, environment={"LD_PRELOAD": library}) == [
         "left alone: another allocator replaces glibc's"
     ]
 

@@ -76,6 +76,7 @@ def counts(service: Service) -> dict[str, int]:
         batched_requests=batched,
         batched_rows=batched_rows,
         waiting=0,
+        waiting_rows=0,
         waiting_bytes=0,
         open_streams=0,
         step=None,

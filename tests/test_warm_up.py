@@ -196,6 +196,7 @@ class Failing:
         (None, "it must return a mapping from names to arrays, or a pair of that and a step", type(None)),
         ({"data": np.zeros((3, 2))}, "it must return a row for each of the batch's 8; 'data' is float64", type(None)),
         ({"data": Failing()}, "it returned 'data', which cannot be sent as an array: RuntimeError: the", RuntimeError),
+        ({"\udc80": np.zeros(8)}, "it returned arrays that cannot be sent: 'utf-8' codec can't", UnicodeEncodeError),
     ],
 )
 def test_start_raises_if_the_callback_returns_what_cannot_be_sent(result: Any, text: str, cause: type) -> None:

@@ -13,7 +13,7 @@ from .._errors import RequestError
 from .._models import ARRAYS, MODELS, check_int32, read_answer
 
 # By the arguments of send_request. All others hold arrays by the names that the batcher declares.
-_MODELS = {("data",): MODELS["repr"], ("data", "action"): MODELS["dyna"]}
+_MODELS = {frozenset(("data",)): MODELS["repr"], frozenset(("data", "action")): MODELS["dyna"]}
 
 
 class ArrayPayloads:
@@ -33,7 +33,7 @@ class ArrayPayloads:
         rows = arguments.pop("rows", False)
         if not arguments:
             raise TypeError("a request needs data, or the arrays that the batcher declares, by name")
-        model = _MODELS.get(tuple(arguments), ARRAYS)
+        model = _MODELS.get(frozenset(arguments), ARRAYS)
         if model is ARRAYS and not arguments.keys().isdisjoint(("data", "action")):
             raise TypeError(
                 f"no model takes the arguments ({', '.join(arguments)}); give data, data and action, or arrays by "

@@ -244,7 +244,8 @@ class MukoeBatcherClient:
     def _encode_one(self, request: Any) -> bytes:
         """Return the message of one request of `send_many`."""
         if isinstance(request, Mapping):
-            return self._payloads.encode(dict(request))
+            named = dict(request)
+            return self._encode(named.pop("data", None), named.pop("action", None), named.pop("rows", False), named)
         if isinstance(request, tuple):
             if len(request) != 2:
                 raise TypeError(f"a request is a tuple of length {len(request)}; it must be (data, action)")

@@ -22,7 +22,7 @@ class BytesPayloads:
         if "rows" in arguments:
             raise TypeError("rows is True, which needs arrays: create the client with arrays=True")
         if not arguments:
-            raise TypeError("data is None, a NoneType; a request needs it")
+            raise TypeError("data is missing; a request needs it")
         if isinstance(data := arguments.get("data"), str):
             arguments["data"] = data.encode()
         return write_request(arguments)

@@ -95,8 +95,14 @@ class ArrayCallback:
             if self.takes_actions:
                 arrays[_ACTION] = numpy.zeros(size, numpy.int32)
             batch = Batch(arrays, size, size, self._published.version, failed_rows={})
-            self._outputs(self._function(batch), batch)
+            outputs, step = self._outputs(self._function(batch), batch)
+            self._encoded([self._zeros()], outputs, step)
             _logger.info("warmed up with %d rows in %.3f s", size, (time.monotonic_ns() - begin_ns) / 1e9)
+
+    def _zeros(self) -> _arrays.ArrayRequest:
+        """Return a request of one row."""
+        columns = [bytes(array.row_bytes) for array in self.declared.values()]
+        return self.reader.of_rows(columns, 1, bytes(4) if self.takes_actions else None)
 
     def outcomes_of(self, requests: list[_arrays.ArrayRequest]) -> list[bytes | Failed]:
         self.encoding_ns = 0
@@ -179,6 +185,8 @@ class ArrayCallback:
             return _arrays.encode_answers(requests, outputs, step)
         except (ValueError, OverflowError) as error:
             raise BadResultError(f"returned arrays that cannot be sent: {error}") from error
+        except MemoryError as error:
+            raise BadResultError("returned arrays that cannot be sent: there is no memory for the answers") from error
 
 
 def _failed_requests(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 from .. import _core
 from .callback import Callback, Failed
 from .delivery import Delivery
 from .metrics import Recorder
+
+_logger = logging.getLogger("grpc_batcher")
 
 
 class BatchLoop:
@@ -151,7 +155,9 @@ class BatchLoop:
         begin_ns = time.monotonic_ns() if timed else 0
         try:
             outcomes = self._callback.outcomes_of([ticket.request for ticket in tickets])
-        except BaseException as error:  # from a log handler, for instance: it costs this batch and not the server
+        except BaseException as error:  # no memory for its arrays, for instance: it costs this batch and not the server
+            with suppress(BaseException):  # a log handler may be what raised
+                _logger.exception("the batcher failed, so its batch of %d requests fails", len(tickets))
             outcomes = [Failed(f"the batcher failed: {type(error).__name__}")] * len(tickets)
         if timed:
             encoding_ns = self._callback.encoding_ns

@@ -215,6 +215,7 @@ class MukoeBatcher:
             batched_requests=batched_requests,
             batched_rows=batched_rows,
             waiting=self._room.waiting,
+            waiting_rows=self._room.waiting_rows,
             waiting_bytes=self._room.waiting_bytes,
             open_streams=self._room.open_streams,
             step=None if published_ns is None else step,

@@ -55,6 +55,7 @@ class Metrics:
     batched_rows: rows of those requests. A request has one row unless a caller of arrays sends several.
     padded_rows: rows that were added to batches of arrays, to make them as large as one of `batch_sizes`.
     waiting: requests waiting for a batch now.
+    waiting_rows: their rows, which `max_queue_size` limits. A request is one row unless a caller of arrays sends several.
     waiting_bytes: bytes of their messages.
     open_streams: callers' streams open now.
     step: the step of the weights that were published last; None before the first `publish`.
@@ -80,6 +81,7 @@ class Metrics:
     batched_rows: int
     padded_rows: int
     waiting: int
+    waiting_rows: int
     waiting_bytes: int
     open_streams: int
     step: int | None
@@ -187,6 +189,7 @@ class Recorder:
         batched_requests: int,
         batched_rows: int,
         waiting: int,
+        waiting_rows: int,
         waiting_bytes: int,
         open_streams: int,
         step: int | None,
@@ -206,6 +209,7 @@ class Recorder:
             batched_rows=batched_rows,
             padded_rows=padded_rows,
             waiting=waiting,
+            waiting_rows=waiting_rows,
             waiting_bytes=waiting_bytes,
             open_streams=open_streams,
             step=step,
