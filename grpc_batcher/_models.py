@@ -19,7 +19,7 @@ from ._proto.mukoe_batcher_pb2 import MukoeRequest, MukoeResponse
 
 # What protobuf raises for bytes that are no message. The last two come from protobuf 3.20: UnicodeDecodeError in plain
 # Python, SystemError in C++.
-_BROKEN_MESSAGE = (DecodeError, UnicodeDecodeError, SystemError)
+BROKEN_MESSAGE = (DecodeError, UnicodeDecodeError, SystemError)
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
@@ -94,7 +94,7 @@ class Model:
         """Return a request of this kind as protobuf reads it. Raises BadRequestError."""
         try:
             request = MukoeRequest.FromString(message)
-        except _BROKEN_MESSAGE as error:
+        except BROKEN_MESSAGE as error:
             raise BadRequestError(f"{len(message)} bytes that are not a MukoeRequest: {error}") from None
         kind = request.WhichOneof("request_type")
         if kind != self.message_field:
@@ -218,7 +218,7 @@ def read_answer(message: bytes) -> tuple[dict[str, bytes], int]:
         return answer
     try:
         result = MukoeResponse.FromString(message).result
-    except _BROKEN_MESSAGE as error:
+    except BROKEN_MESSAGE as error:
         raise DecodeError(str(error)) from error
     return {pair.key: pair.values for pair in result.dictionary}, result.step
 

@@ -12,11 +12,10 @@ from functools import partial
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from .. import _core
 from .._arrays import ArrayError
-from .._models import BadRequestError
+from .._models import BROKEN_MESSAGE, BadRequestError
 from .._proto import open_inference_pb2 as messages
 from .._transport.interface import StreamEnd
 from .array_callback import ArrayCallback
@@ -104,7 +103,7 @@ class Call(Session):
     def read_request(self, message: bytes) -> tuple[Any, int]:
         try:
             request = messages.ModelInferRequest.FromString(message)
-        except DecodeError as error:
+        except BROKEN_MESSAGE as error:
             raise BadRequestError(f"{len(message)} bytes that are not a ModelInferRequest: {error}") from None
         self.wanted = Wanted(request)
         if missing := self._model.not_found(request.model_name, request.model_version):

@@ -46,8 +46,8 @@ _SHARED_MEMORY = "shared_memory_region"
 
 # What a request may ask for an output and this server does not have. Other parameters, such as a priority, are hints.
 _REFUSED_FOR_OUTPUTS = {
-    _SHARED_MEMORY: "is to go to shared memory, which this server does not have",
-    "classification": "is to be classified, which this server does not do; ask for the output and sort it",
+    _SHARED_MEMORY: "is requested in shared memory, which this server does not have",
+    "classification": "is requested as a classification, which this server does not make; ask for the output and sort it",
 }
 
 
@@ -103,7 +103,7 @@ class Inputs:
                 )
             rows = tensor.shape[0]
             if raw and tensor.HasField("contents"):
-                raise BadRequestError(f"{tensor.name!r} has contents, and raw_input_contents, too; send one of them")
+                raise BadRequestError(f"{tensor.name!r} has both contents and raw_input_contents; send one of them")
             contents[tensor.name] = raw[index] if raw else self._typed(tensor)
         if missing := [name for name in self._declared if name not in contents]:
             raise BadRequestError(f"the request has no input {missing[0]!r}; this model takes {self._names()}")
@@ -120,8 +120,11 @@ class Inputs:
             raise BadRequestError(f"{name!r} is in shared memory, which this server does not have; send its contents")
         datatype, row_shape = self._datatypes[name], list(self._declared[name].shape)
         if tensor.datatype != datatype or len(shape) != 1 + len(row_shape) or shape[1:] != row_shape or shape[0] < 1:
+            came = ", ".join([*map(str, shape[:8]), *(["..."] if len(shape) > 8 else [])])
             lengths = ", ".join(["rows", *map(str, row_shape)])
-            raise BadRequestError(f"{name!r} is {tensor.datatype:.20} {shape}; this model takes {datatype} [{lengths}]")
+            raise BadRequestError(
+                f"{name!r} is {tensor.datatype:.20} [{came}]; this model takes {datatype} [{lengths}]"
+            )
 
     def _typed(self, tensor: ModelInferRequest.InferInputTensor) -> bytes:
         """Return the bytes of a tensor whose values are in its `contents`."""
@@ -156,7 +159,11 @@ def _check_parameters(request: ModelInferRequest) -> None:
         raise BadRequestError(
             "the request asks for a sequence, but this server keeps nothing between requests (sequence_id)"
         )
+    names: set[str] = set()
     for output in request.outputs:
+        if output.name in names:  # each would be a copy in the response
+            raise BadRequestError(f"the request asks for the output {output.name!r:.100} twice")
+        names.add(output.name)
         for name, problem in _REFUSED_FOR_OUTPUTS.items():
             if name in output.parameters:
                 raise BadRequestError(f"the output {output.name!r:.100} {problem}")
