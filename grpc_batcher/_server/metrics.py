@@ -240,7 +240,7 @@ def summary(metrics: Metrics, *, timed: bool) -> str:
         f"  mean batch size:  {_show(metrics.mean_batch_size)}",
     ]
     if metrics.padded_rows:
-        lines.append(f"  padded rows:      {metrics.padded_rows} beside {metrics.batched_rows}")
+        lines.append(f"  padded rows:      {metrics.padded_rows}, added to {metrics.batched_rows} requested rows")
     if metrics.step is not None:
         lines.append(f"  step:             {metrics.step}, published {metrics.step_age_s:.1f} s ago")
     if timed:
