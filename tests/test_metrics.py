@@ -30,6 +30,7 @@ def snapshot(of: Recorder) -> Any:
         batched_requests=0,
         batched_rows=0,
         waiting=0,
+        waiting_rows=0,
         waiting_bytes=0,
         open_streams=0,
         step=None,

@@ -182,6 +182,7 @@ def test_a_server_is_live_and_ready_and_says_its_version() -> None:
         assert client.call("ServerReady").ready
         metadata = client.call("ServerMetadata")
         assert (metadata.name, metadata.version) == ("grpc_batcher", __version__)
+        assert list(metadata.extensions) == ["model_configuration", "statistics"]
 
 
 def test_only_the_model_that_is_served_is_ready() -> None:
@@ -213,6 +214,44 @@ def test_the_metadata_describes_the_outputs_once_the_callback_has_returned_some(
         assert described(client.call("ModelMetadata", name="arrays").outputs) == outputs
 
 
+def test_the_configuration_describes_a_row_and_the_window() -> None:
+    with inferring(warm_up=True, batch_timeout_s=0.0025) as (_, client):
+        config = client.call("ModelConfig", name="arrays", version="1").config
+        assert error_of(client.call, "ModelConfig", name="image")[0] == grpc.StatusCode.NOT_FOUND
+    assert (config.name, config.max_batch_size) == ("arrays", 8)
+    assert config.dynamic_batching.max_queue_delay_microseconds == 2500
+    assert [(each.name, each.data_type, list(each.dims)) for each in config.input] == [
+        ("image", messages.TYPE_UINT8, [2, 3]),
+        ("scale", messages.TYPE_FP32, []),
+    ]
+    assert [(each.name, each.data_type, list(each.dims)) for each in config.output] == [
+        ("image", messages.TYPE_UINT8, [2, 3]),
+        ("sum", messages.TYPE_FP64, []),
+    ]
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_the_statistics_count_requests_rows_batches_and_nanoseconds(timed: bool) -> None:
+    with inferring(track_metrics=timed) as (batcher, client):
+        client.infer(request_of(image_of(1, rows=2)))
+        assert error_of(client.infer, changed(WRONG["an unknown input"][0]))
+        eventually(lambda: sum(batcher.metrics().requests.values()) == 2)
+        (one,) = client.call("ModelStatistics", name="arrays").model_stats
+        (every,) = client.call("ModelStatistics").model_stats
+        assert error_of(client.call, "ModelStatistics", name="image")[0] == grpc.StatusCode.NOT_FOUND
+        metrics = batcher.metrics()
+    assert one == every
+    assert (one.name, one.version, one.inference_count, one.execution_count) == ("arrays", "1", 2, 1)
+    counted = one.inference_stats
+    assert [counted.success.count, counted.fail.count, counted.queue.count, counted.compute_infer.count] == [1, 1, 1, 1]
+    if timed:
+        assert metrics.callback_histogram_s is not None
+        assert counted.compute_infer.ns == pytest.approx(metrics.callback_histogram_s.sum * 1e9, abs=1)
+        assert counted.success.ns >= counted.queue.ns + counted.compute_infer.ns > counted.compute_infer.ns > 0
+    else:
+        assert counted.success.ns == counted.queue.ns == counted.compute_infer.ns == 0
+
+
 @pytest.mark.parametrize("model", ["repr", "dyna"])
 def test_the_model_is_called_like_its_kind_unless_it_is_given_a_name(model: str) -> None:
     with inferring(echo, {"data": Array((4,), "uint8")}, model=model) as (_, client):
@@ -233,7 +272,7 @@ def test_metadata_of_another_model_or_version_is_not_found() -> None:
         )
 
 
-@pytest.mark.parametrize("method", ["RepositoryIndex", "SystemSharedMemoryStatus", "ModelStatistics", "Nothing"])
+@pytest.mark.parametrize("method", ["RepositoryIndex", "SystemSharedMemoryStatus", "TraceSetting", "Nothing"])
 def test_methods_that_are_not_there_are_unimplemented(method: str) -> None:
     with inferring() as (_, client):
         assert error_of(client.unary, method)[0] == grpc.StatusCode.UNIMPLEMENTED
@@ -721,9 +760,7 @@ def test_an_error_of_a_stream_is_in_band_and_the_stream_goes_on() -> None:
 @pytest.mark.parametrize("message", NO_REQUESTS)
 def test_bytes_that_are_no_request_are_an_error_in_band(message: bytes) -> None:
     with inferring() as (batcher, _), grpc.insecure_channel(address_of(batcher)) as channel:
-        call = channel.stream_stream(PREFIX + "ModelStreamInfer")(
-            iter((message, request_of().SerializeToString()))
-        )
+        call = channel.stream_stream(PREFIX + "ModelStreamInfer")(iter((message, request_of().SerializeToString())))
         garbage, good = map(messages.ModelStreamInferResponse.FromString, call)
         assert garbage.error_message.startswith(f"{len(message)} bytes that are not a ModelInferRequest: ")
         assert good.infer_response.outputs

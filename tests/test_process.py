@@ -225,7 +225,7 @@ def test_info_tells_versions_and_choices() -> None:
     assert info["grpcio"] == grpc.__version__
     assert info["protobuf"] == importlib.metadata.version("protobuf")
     assert info["numpy"] == importlib.metadata.version("numpy")
-    assert re.match(r"3\.\d+\.\d+\S* *, cpython, (optimised build|configured without --enable-optimizations)", info["python"])
+    assert re.match(r"3\.\d+\.\d+\S* *, cpython, (optimised build|configured without --enable-)", info["python"])
     assert info["kernel"].startswith("Linux ")
     assert info["libc"] == libc()
     for end in ("server_transport", "client_transport"):

@@ -84,7 +84,7 @@ class MukoeBatcher:
         if inference_name is not None and isinstance(callback, ArrayCallback):
             from .open_inference import OpenInference  # only now: its messages take time to load
 
-            others = (OpenInference(service, callback, inference_name),)
+            others = (OpenInference(service, callback, inference_name, self.metrics),)
         self._life = LifeCycle(
             service,
             model_name=model.name,

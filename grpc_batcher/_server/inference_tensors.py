@@ -47,7 +47,7 @@ _SHARED_MEMORY = "shared_memory_region"
 # What a request may ask for an output and this server does not have. Other parameters, such as a priority, are hints.
 _REFUSED_FOR_OUTPUTS = {
     _SHARED_MEMORY: "is requested in shared memory, which this server does not have",
-    "classification": "is requested as a classification, which this server does not make; ask for the output and sort it",
+    "classification": "is requested as a classification, which this server does not make; ask for the output",
 }
 
 

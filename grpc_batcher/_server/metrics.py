@@ -55,7 +55,7 @@ class Metrics:
     batched_rows: rows of those requests. A request has one row unless a caller of arrays sends several.
     padded_rows: rows that were added to batches of arrays, to make them as large as one of `batch_sizes`.
     waiting: requests waiting for a batch now.
-    waiting_rows: their rows, which `max_queue_size` limits. A request is one row unless a caller of arrays sends several.
+    waiting_rows: their rows, which `max_queue_size` limits.
     waiting_bytes: bytes of their messages.
     open_streams: callers' streams open now.
     step: the step of the weights that were published last; None before the first `publish`.

@@ -1,11 +1,12 @@
 """The Open Inference Protocol (KServe's and Triton's), answered from the same batches as the batcher's own callers.
 
-https://github.com/kserve/open-inference-protocol describes it; ModelStreamInfer is Triton's extension.
+https://github.com/kserve/open-inference-protocol describes it; ModelStreamInfer, ModelConfig and ModelStatistics are
+Triton's extensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -15,22 +16,29 @@ from .._transport.interface import StreamEnd
 from .._version import __version__
 from .array_callback import ArrayCallback
 from .inference_calls import VERSION, Call, CallStream, Places, ServedModel
+from .inference_reports import PLATFORM, configuration, statistics
 from .inference_tensors import NoDatatypeError, tensor_metadata
+from .metrics import Metrics
 from .service import Service
 
 _PREFIX = "/inference.GRPCInferenceService/"
-_PLATFORM = "grpc_batcher"
+_EXTENSIONS = ("model_configuration", "statistics")  # by Triton's names
 
 
 class OpenInference(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Serves one model, in one version.
 
+    metrics: returns the batcher's counters.
+
     Raises NoDatatypeError if the protocol has no datatype for a declared array.
     """
 
-    def __init__(self, service: Service, callback: ArrayCallback, model_name: str) -> None:
+    def __init__(
+        self, service: Service, callback: ArrayCallback, model_name: str, metrics: Callable[[], Metrics]
+    ) -> None:
         self._service = service
         self._callback = callback
+        self._metrics = metrics
         self._model = ServedModel(model_name, callback)
         self._places = Places(service.room)
         self._handlers = {
@@ -39,6 +47,8 @@ class OpenInference(grpc.GenericRpcHandler):  # type: ignore[misc]
             "ModelReady": self._plain(messages.ModelReadyRequest, self._model_ready),
             "ServerMetadata": self._plain(messages.ServerMetadataRequest, self._server_metadata),
             "ModelMetadata": self._plain(messages.ModelMetadataRequest, self._model_metadata),
+            "ModelConfig": self._plain(messages.ModelConfigRequest, self._model_config),
+            "ModelStatistics": self._plain(messages.ModelStatisticsRequest, self._model_statistics),
             "ModelInfer": grpc.unary_unary_rpc_method_handler(self._infer),
             "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._stream_infer),
         }
@@ -64,22 +74,48 @@ class OpenInference(grpc.GenericRpcHandler):  # type: ignore[misc]
         return messages.ModelReadyResponse(ready=is_served and not self._service.room.closed)
 
     def _server_metadata(self, _request: Any, _context: grpc.ServicerContext) -> Any:
-        return messages.ServerMetadataResponse(name="grpc_batcher", version=__version__)
+        return messages.ServerMetadataResponse(name="grpc_batcher", version=__version__, extensions=_EXTENSIONS)
 
     def _model_metadata(self, request: messages.ModelMetadataRequest, context: grpc.ServicerContext) -> Any:
-        if missing := self._model.not_found(request.name, request.version):
-            context.abort(grpc.StatusCode.NOT_FOUND, missing)
-        try:
-            outputs = [tensor_metadata(*output) for output in self._callback.outputs_seen]
-        except NoDatatypeError as error:
-            context.abort(grpc.StatusCode.INTERNAL, str(error))
+        self._find(request.name, request.version, context)
         return messages.ModelMetadataResponse(
             name=self._model.name,
             versions=[VERSION],
-            platform=_PLATFORM,
+            platform=PLATFORM,
             inputs=self._model.inputs.describe(),
-            outputs=outputs,
+            outputs=self._outputs(context),
         )
+
+    def _model_config(self, request: messages.ModelConfigRequest, context: grpc.ServicerContext) -> Any:
+        self._find(request.name, request.version, context)
+        room = self._service.room
+        return messages.ModelConfigResponse(
+            config=configuration(
+                self._model.name,
+                self._model.inputs.describe(),
+                self._outputs(context),
+                batch_size=room.batch_size,
+                window_ns=room.window_ns,
+            )
+        )
+
+    def _model_statistics(self, request: messages.ModelStatisticsRequest, context: grpc.ServicerContext) -> Any:
+        if request.name:  # without a name, of all models
+            self._find(request.name, request.version, context)
+        return messages.ModelStatisticsResponse(model_stats=[statistics(self._model.name, VERSION, self._metrics())])
+
+    def _find(self, name: str, version: str, context: grpc.ServicerContext) -> None:
+        """End the call if another model is meant."""
+        if missing := self._model.not_found(name, version):
+            context.abort(grpc.StatusCode.NOT_FOUND, missing)
+
+    def _outputs(self, context: grpc.ServicerContext) -> Sequence[messages.ModelMetadataResponse.TensorMetadata]:
+        """Describe what the callback returned last."""
+        try:
+            return [tensor_metadata(*output) for output in self._callback.outputs_seen]
+        except NoDatatypeError as error:
+            context.abort(grpc.StatusCode.INTERNAL, str(error))
+            raise  # never reached: abort raises
 
     # ---- inference: messages are bytes here ----
 
