@@ -227,7 +227,7 @@ cdef tuple checked(name, span_t payload, packed_t *packed):
         raise ArrayError(not_packed(name, payload, fault))
     cdef Py_ssize_t items = size_of(packed.shape, packed.dimensions, 1)
     if items < 0 or (packed.data.size % items or packed.data.size < items if items else packed.data.size):
-        raise ArrayError(f"{name} is {describe(packed)} with {packed.data.size} bytes, which is no size for that shape")
+        raise ArrayError(f"{name} is {describe(packed)} with {packed.data.size} bytes, which does not fit that shape")
     try:
         dtype = PyUnicode_DecodeUTF8(<const char *>packed.dtype.start, packed.dtype.size, NULL)
     except UnicodeDecodeError:

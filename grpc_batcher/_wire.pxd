@@ -134,5 +134,5 @@ cdef inline uint64_t sign_extended(int32_t value) noexcept:
 cdef inline int32_t to_int32(value) except? -1:
     cdef int64_t number = PyNumber_Index(value)
     if not INT32_MIN <= number <= INT32_MAX:
-        raise OverflowError(f"{number} is no int32")
+        raise OverflowError(f"{number} does not fit an int32")
     return <int32_t>number

@@ -797,9 +797,9 @@ def test_outputs_may_be_read_only() -> None:
 
 
 @pytest.mark.parametrize("step", [2**31, -(2**31) - 1, 2**64])
-def test_a_step_that_is_no_int32_is_refused(step: int) -> None:
+def test_a_step_that_does_not_fit_an_int32_is_refused(step: int) -> None:
     requests, _ = requests_of([1], (2,), "uint8")
-    with pytest.raises(OverflowError):
+    with pytest.raises(OverflowError, match=f"^{step} does not fit an int32$|too large"):
         _arrays.encode_answers(requests, [], step)
 
 
@@ -849,7 +849,7 @@ def test_an_answer_that_is_no_array_says_which() -> None:
     message = MukoeResponse(result=ModelResponse(dictionary=[KeyValue(key="k", values=b"hello")])).SerializeToString()
     with pytest.raises(ArrayError, match=r"^'k' is 5 bytes that are not a packed array, "):
         _arrays.read_answer(message)
-    with pytest.raises(ArrayError, match=r"^the payload is float32 \[2\] with 3 bytes"):
+    with pytest.raises(ArrayError, match=r"^the payload is float32 \[2\] with 3 bytes, which does not fit that shape$"):
         _arrays.unpack(msgpack.packb(((2,), "float32", b"abc")))
 
 

@@ -374,7 +374,7 @@ def assert_refused_and_others_unharmed(
         pytest.param(DYNA_HI, ["dynamics", "'repr'", "representations"], id="wrong kind"),
         pytest.param(b"", ["no request_type"], id="empty"),
         pytest.param(b"\x1a\x04\x0a\x02hi", ["arrays", "'repr'", "representations"], id="arrays"),
-        pytest.param(b"\x4a\x04\x0a\x02hi", ["no request_type"], id="unknown kind"),
+        pytest.param(b"\x72\x04\x0a\x02hi", ["holds no request_type"], id="a later kind"),
         pytest.param(REPR_HI[:-1], ["5 bytes"], id="truncated"),
         pytest.param(REPR_HI[:1], ["1 bytes"], id="cut after a byte"),
         pytest.param(b"\xff" * 100, ["100 bytes"], id="no protobuf"),

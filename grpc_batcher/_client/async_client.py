@@ -21,7 +21,7 @@ class AsyncMukoeBatcherClient:
     """Sends requests to a batcher from coroutines.
 
     The arguments are those of `MukoeBatcherClient`. It may be created outside a loop, and used from any loop of asyncio
-    or uvloop, also from several at once.
+    or uvloop, or from several at once.
 
     Raises ValueError or TypeError naming the argument and what is allowed.
     """

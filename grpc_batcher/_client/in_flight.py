@@ -1,4 +1,4 @@
-"""What stands for requests whose replies nobody's thread waits for: a future for one, and a wait for several."""
+"""Futures, and a wait for several requests, without a thread for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory for batches' arrays, used again once nobody looks at it any more."""
+"""Memory for batches' arrays, reused once nothing refers to it."""
 
 from __future__ import annotations
 
