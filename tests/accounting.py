@@ -16,17 +16,17 @@ import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpc_batcher import Array, AsyncMukoeBatcherClient, Batch, MukoeBatcherClient, RequestError, create_batcher
+from grpc_batcher import Array, AsyncMukoeBatcherClient, Batch, MukoeBatcher, MukoeBatcherClient, RequestError
 
 import numpy as np
-from serving import eventually, in_background
+from serving import eventually, in_background, serving
 
 # GRPC_BATCHER_TRIALS=20 in the environment makes the random trials twenty times as long.
 LENGTH = int(os.environ.get("GRPC_BATCHER_TRIALS", "1"))
@@ -68,7 +68,7 @@ class Ledger:
 
     def callback(self, requests: list[bytes]) -> list[Any]:
         """A callback that records what it sees, and answers each request with a proof that only fits this request."""
-        self._write("seen", *(name_in(data) for data in requests))
+        self._write("seen", *(_name_in(data) for data in requests))
         return [_proof_for(data) for data in requests]
 
     # ---- the callers' side ----
@@ -184,11 +184,16 @@ class Ledger:
 
 
 @contextmanager
-def asking(ledger: Ledger, name: str, clients: Sequence[MukoeBatcherClient]) -> Iterator[None]:
-    """Keep sending requests until this is left, on a thread per client named "name-0" and so on."""
+def asking(
+    ledger: Ledger, name: str, clients: Sequence[MukoeBatcherClient], *, step_bytes: int = 100
+) -> Iterator[None]:
+    """Keep sending requests until this is left, on a thread per client named "name-0" and so on.
+
+    step_bytes: how much longer each one's requests are than those of the one before.
+    """
     over = threading.Event()
     callers = [
-        in_background(ledger.keep_asking, client, f"{name}-{number}", over.is_set, extra_bytes=100 * number)
+        in_background(ledger.keep_asking, client, f"{name}-{number}", over.is_set, extra_bytes=step_bytes * number)
         for number, client in enumerate(clients)
     ]
     try:
@@ -205,7 +210,7 @@ def wait_for_answers(ledger: Ledger, count: int) -> None:
     eventually(lambda: ledger.answers >= enough)
 
 
-def name_in(data: bytes) -> str:
+def _name_in(data: bytes) -> str:
     """Return the name of the request with this data."""
     return data.partition(b" ")[0].decode()
 
@@ -215,7 +220,7 @@ def _caller_of(name: str) -> str:
 
 
 def _proof_for(data: bytes) -> tuple[dict[str, bytes], int]:
-    return {"name": name_in(data).encode(), "digest": hashlib.sha256(data).digest()}, zlib.crc32(data) & 0x7FFFFFFF
+    return {"name": _name_in(data).encode(), "digest": hashlib.sha256(data).digest()}, zlib.crc32(data) & 0x7FFFFFFF
 
 
 # ---- ways to send ----
@@ -261,35 +266,27 @@ class AsyncioClient:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
 
-WAYS: dict[str, Callable[[str], Any]] = {
-    "blocking": MukoeBatcherClient,
-    "futures": FuturesClient,
-    "asyncio": AsyncioClient,
-}
-
-
 # ---- the same with arrays ----
 
-_ROW_BYTES = 1024
+_ROW_BYTES = 32768
 _MAX_NAME_BYTES = 64
-ARRAY_OPTIONS = {
-    "model": "arrays",
-    "arrays": {"payload": Array((_ROW_BYTES,), "uint8"), "size_bytes": Array((), "int64")},
-    "batch_sizes": (1, 4, 8),
-}
+_ARRAYS = {"payload": Array((_ROW_BYTES,), "uint8"), "size_bytes": Array((), "int64")}
 
 
 class ArrayClient:
-    """Sends bytes in arrays to a batcher with ARRAY_OPTIONS, as a client of bytes would, and gets bytes back."""
+    """Sends bytes to a batcher of _ARRAYS as a client of bytes would, in as many rows as they need; gets bytes back."""
 
     def __init__(self, address: str) -> None:
         self._client = MukoeBatcherClient(address, arrays=True)
 
     def send_request(self, data: bytes, *, timeout_s: float | None = None) -> tuple[dict[str, bytes], int]:
-        payload = np.frombuffer(data.ljust(_ROW_BYTES, b"\0"), np.uint8)
-        answer, _ = self._client.send_request(payload=payload, size_bytes=np.int64(len(data)), timeout_s=timeout_s)
-        dictionary = {"name": answer["name"].tobytes().rstrip(b"\0"), "digest": answer["digest"].tobytes()}
-        return dictionary, int(answer["step"])
+        rows = _rows_of(len(data))
+        payload = np.frombuffer(data.ljust(rows * _ROW_BYTES, b"\0"), np.uint8).reshape(rows, _ROW_BYTES)
+        size_bytes = np.array([len(data)] + [0] * (rows - 1), np.int64)
+        answer, _ = self._client.send_request(payload=payload, size_bytes=size_bytes, timeout_s=timeout_s)
+        first = {name: value if rows == 1 else value[0] for name, value in answer.items()}
+        dictionary = {"name": first["name"].tobytes().rstrip(b"\0"), "digest": first["digest"].tobytes()}
+        return dictionary, int(first["step"])
 
     def close(self) -> None:
         self._client.close()
@@ -301,34 +298,48 @@ class ArrayClient:
         self.close()
 
 
-def with_arrays(callback: Callable[[list[bytes]], Any]) -> Callable[[Batch], dict[str, Any]]:
+def _rows_of(size_bytes: int) -> int:
+    return -(-size_bytes // _ROW_BYTES)
+
+
+def _with_arrays(callback: Callable[[list[bytes]], Any]) -> Callable[[Batch], dict[str, Any]]:
     """Return the callback for such a batcher that does what this one does with bytes."""
 
     def infer(batch: Batch) -> dict[str, Any]:
-        sent = list(zip(batch["payload"], batch["size_bytes"], strict=True))[: batch.count]
-        answers = callback([payload[:size_bytes].tobytes() for payload, size_bytes in sent])
-        names = [list(answer["name"].ljust(_MAX_NAME_BYTES, b"\0")) for answer, _step in answers]
-        digests = [list(answer["digest"]) for answer, _step in answers]
-        return {
-            "name": np.array(names, np.uint8),
-            "digest": np.array(digests, np.uint8),
-            "step": [step for _answer, step in answers],
+        sizes = {row: int(size) for row, size in enumerate(batch["size_bytes"][: batch.count]) if size}
+        answers = callback([batch["payload"][row : row + _rows_of(sizes[row])].tobytes()[: sizes[row]] for row in sizes])
+        outputs = {
+            "name": np.zeros((batch.count, _MAX_NAME_BYTES), np.uint8),
+            "digest": np.zeros((batch.count, 32), np.uint8),
+            "step": np.zeros(batch.count, np.int64),
         }
+        for row, (answer, step) in zip(sizes, answers, strict=True):
+            outputs["name"][row, : len(answer["name"])] = list(answer["name"])
+            outputs["digest"][row] = list(answer["digest"])
+            outputs["step"][row] = step
+        return outputs
 
     return infer
 
 
-class Kind(NamedTuple):
-    """How a trial's requests travel: as bytes, or in arrays."""
+# How a trial's requests travel, by the client that sends them.
+KINDS: dict[str, Callable[[str], Any]] = {
+    "blocking": MukoeBatcherClient,
+    "futures": FuturesClient,
+    "asyncio": AsyncioClient,
+    "arrays": ArrayClient,
+}
 
-    callback: Callable[[Callable[[list[bytes]], Any]], Callable[[Any], Any]]
-    client: Callable[[str], Any]
-    options: dict[str, Any]
 
-
-# Every way in which bytes are sent, and arrays.
-KINDS = {way: Kind(lambda callback: callback, client, {}) for way, client in WAYS.items()}
-KINDS["arrays"] = Kind(with_arrays, ArrayClient, ARRAY_OPTIONS)
+def serving_kind(
+    kind: str, callback: Callable[[list[bytes]], Any], *, batch_size: int = 8, **options: Any
+) -> AbstractContextManager[MukoeBatcher]:
+    """A started batcher for clients of a kind, as `serving` yields it. The callback gets bytes, whichever the kind."""
+    if kind == "arrays":
+        sizes = sorted({1, (batch_size + 1) // 2, batch_size})
+        options.update(model="arrays", arrays=_ARRAYS, batch_sizes=sizes)
+        return serving(_with_arrays(callback), batch_size=batch_size, **options)
+    return serving(callback, batch_size=batch_size, **options)
 
 
 # ---- processes ----
@@ -356,23 +367,23 @@ def start_process(function: Callable[..., None], *arguments: Any) -> BaseProcess
     return process
 
 
-def ask_until_killed(ledger: Ledger, address: str, caller: str, extra_bytes: int = 0, way: str = "blocking") -> None:
+def ask_until_killed(ledger: Ledger, address: str, caller: str, extra_bytes: int, kind: str) -> None:
     """Run a caller, in its own process."""
-    with WAYS[way](address) as client:
+    with KINDS[kind](address) as client:
         ledger.keep_asking(client, caller, lambda: False, extra_bytes=extra_bytes, thinking_s=_THINKING_S)
 
 
-def serve_until_killed(ledger: Ledger, host: str, port: int, ready: Connection) -> None:
+def serve_until_killed(ledger: Ledger, kind: str, host: str, port: int, ready: Connection) -> None:
     """Run a server, in its own process. It sends its port to `ready` once it serves."""
-    with create_batcher("repr", 8, 0.001, port, batch_process_fn=ledger.callback, host=host) as batcher:
+    with serving_kind(kind, ledger.callback, batch_timeout_s=0.001, port=port, host=host) as batcher:
         ready.send(batcher.port)
         threading.Event().wait()
 
 
-def start_server(ledger: Ledger, host: str, port: int = 0) -> tuple[BaseProcess, int]:
+def start_server(ledger: Ledger, kind: str, host: str, port: int = 0) -> tuple[BaseProcess, int]:
     """Start a server; return its process and its port."""
     receiver, sender = _forkserver.Pipe(duplex=False)
     with receiver, sender:
-        process = start_process(serve_until_killed, ledger, host, port, sender)
+        process = start_process(serve_until_killed, ledger, kind, host, port, sender)
         sender.close()
         return process, receiver.recv()

@@ -135,6 +135,14 @@ def test_the_examples_are_found() -> None:
     assert [name for name, _ in SERVER_EXAMPLES] == ["docs/production.md"]
 
 
+def test_the_examples_import_grpc_batcher_before_what_imports_grpc() -> None:
+    """Later it could not choose gRPC's poller."""
+    orders = [re.findall(r"^ *(?:import|from) (grpc_batcher|grpc|ray)\b", block, re.MULTILINE) for _, block in BLOCKS]
+    mixed = [order for order in orders if len(set(order)) > 1]
+    assert mixed
+    assert {order[0] for order in mixed} == {"grpc_batcher"}
+
+
 def catches(process: int, number: int) -> bool:
     """Whether a process has a handler for a signal."""
     (mask,) = re.findall(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)

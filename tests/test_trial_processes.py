@@ -174,7 +174,13 @@ ENDING_SERVER_PROGRAM = """
     import sys
     import threading
 
-    from grpc_batcher import MukoeBatcherClient, create_batcher
+    from grpc_batcher import Array, MukoeBatcherClient, create_batcher
+
+    if sys.argv[1] == "arrays":
+        import numpy
+        options, data = {"arrays": {"data": Array((1000,), "uint8")}}, numpy.zeros(1000, "uint8")
+    else:
+        options, data = {}, b"x"
 
     def answer(requests):
         entered.set()
@@ -182,14 +188,14 @@ ENDING_SERVER_PROGRAM = """
 
     def ask():
         try:
-            client.send_request(b"x")
+            client.send_request(data)
         except Exception:
             pass
 
     entered = threading.Event()
-    batcher = create_batcher("repr", 1, 0.0, 0, batch_process_fn=answer, host="127.0.0.1")
+    batcher = create_batcher("repr", 1, 0.0, 0, batch_process_fn=answer, host="127.0.0.1", **options)
     batcher.start()
-    client = MukoeBatcherClient(f"127.0.0.1:{batcher.port}")
+    client = MukoeBatcherClient(f"127.0.0.1:{batcher.port}", arrays=bool(options))
     for _ in range(10):
         threading.Thread(target=ask, daemon=True).start()
     entered.wait()
@@ -204,10 +210,11 @@ ENDING_SERVER_PROGRAM = """
     [("sys.exit(3)", 3), ("os._exit(4)", 4), ("threading.Thread(target=batcher.shutdown, daemon=True).start()", 0)],
     ids=["by sys.exit", "by os._exit", "while it shuts down"],
 )
+@pytest.mark.parametrize("kind", ["bytes", "arrays"])
 def test_a_program_that_serves_and_calls_may_exit_with_requests_in_flight(
-    ending: str, expected: int, tmp_path: Path
+    kind: str, ending: str, expected: int, tmp_path: Path
 ) -> None:
-    with start_program(tmp_path, ENDING_SERVER_PROGRAM.replace("ENDING", ending)) as program:
+    with start_program(tmp_path, ENDING_SERVER_PROGRAM.replace("ENDING", ending), kind) as program:
         status, output, errors = finish_program(program)
     assert (status, output) == (expected, ""), errors
 

@@ -18,7 +18,7 @@ from grpc_batcher import MukoeBatcherClient
 
 import grpc
 import pytest
-from accounting import LENGTH, Ledger
+from accounting import KINDS, LENGTH, Ledger, serving_kind
 from serving import Held, address_of, answer, connect, error_of, eventually, in_background, run_program, serving
 
 
@@ -122,25 +122,28 @@ def test_replies_that_are_on_their_way_arrive_despite_a_shutdown() -> None:
 
 
 @pytest.mark.timeout(60 + 30 * LENGTH)
+@pytest.mark.parametrize("kind", ["blocking", "arrays"])
 @pytest.mark.parametrize("grace_s", [0, 60])
-def test_after_a_shutdown_under_load_each_request_is_answered_or_unavailable(grace_s: float, tmp_path: Path) -> None:
+def test_after_a_shutdown_under_load_each_request_is_answered_or_unavailable(
+    grace_s: float, kind: str, tmp_path: Path
+) -> None:
     """Callers stay, come and go, or have short time limits. In a grace period, what the callback saw is answered."""
     ledger, moments = Ledger(tmp_path / "ledger"), random.Random(8)
 
     def come_and_go(caller: str) -> None:
         for number in range(1_000_000):
-            with MukoeBatcherClient(address) as client:
+            with KINDS[kind](address) as client:
                 if not ledger.ask(client, f"{caller}/{number}"):
                     return
 
     def stay(caller: str, timeout_s: float | None) -> None:
-        with MukoeBatcherClient(address) as client:
+        with KINDS[kind](address) as client:
             for number in range(1_000_000):
                 if not ledger.ask(client, f"{caller}/{number}", timeout_s=timeout_s) and not batcher.is_server_ready():
                     return
 
     for number in range(15 * LENGTH):
-        with serving(ledger.callback, batch_size=4, batch_timeout_s=0.001) as batcher:
+        with serving_kind(kind, ledger.callback, batch_size=4, batch_timeout_s=0.001) as batcher:
             address = address_of(batcher)
             callers = [in_background(come_and_go, f"new-{number}-{each}") for each in range(2)]
             callers += [in_background(stay, f"stays-{number}-{each}", None) for each in range(4)]
@@ -157,15 +160,16 @@ def test_after_a_shutdown_under_load_each_request_is_answered_or_unavailable(gra
         assert {name for name in seen - set(account.answered) if not name.startswith("hurries")} == set()
 
 
+@pytest.mark.parametrize("kind", ["blocking", "arrays"])
 def test_behind_a_stuck_callback_the_queue_is_bounded_and_a_shutdown_says_what_it_left(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     callers, places = 60, 10
     ledger = Ledger(tmp_path / "ledger")
     with (
         Held(ledger.callback) as held,
-        serving(held, batch_size=1, max_queue_size=places) as batcher,
-        connect(batcher) as client,
+        serving_kind(kind, held, batch_size=1, max_queue_size=places) as batcher,
+        KINDS[kind](address_of(batcher)) as client,
     ):
         requests = [in_background(ledger.ask, client, "in-the-callback/1")]
         eventually(lambda: held.batches)
