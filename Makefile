@@ -7,8 +7,7 @@ SOURCES := setup.py pyproject.toml README.md $(wildcard grpc_batcher/*.p* grpc_b
 
 # What depends neither on the transport nor on gRPC's poller, or chooses both for itself.
 NOT_OVER_SOCKETS := $(wildcard tests/test_core*) $(patsubst %,tests/test_%.py,wire array array_codec leaks callback session \
-	docs layout build_script uncompiled process interrupts tracing open_inference triton_client \
-	ray_replicas)
+	docs layout build_script uncompiled process interrupts tracing triton_client ray_replicas)
 OVER_SOCKETS := $(filter-out $(NOT_OVER_SOCKETS),$(wildcard tests/test_*.py))
 
 # How many tests run at once; most of them wait for something.
@@ -17,7 +16,7 @@ SOAK_S ?= 600
 FUZZ_S ?= 300
 DEBUG_TESTS ?= tests
 
-.PHONY: demo demo-jax demo-ray test test-transports test-triton test-ray matrix bench bench-ray soak lint docs debug tsan asan fuzz wheels dist proto check-proto clean
+.PHONY: demo demo-jax demo-ray test test-transports test-triton test-jax test-ray matrix bench bench-ray soak lint docs debug tsan asan fuzz wheels dist proto check-proto clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/atari_demo.py
@@ -33,20 +32,27 @@ demo-ray:
 test: $(VENV)/installed-test
 	$(BIN)/pytest -n $(TEST_PROCESSES) tests
 
-# The tests over sockets again. `make test` has both ends direct and tuned. With these three, server and client have run in
+# The tests over sockets again. `make test` has both ends direct and tuned. With these four, server and client have run in
 # all four pairings of transports, and each transport on each end both tuned and with gRPC's and glibc's own defaults.
-# MIXED_TESTS="client transports" chooses what runs with a different transport on each end.
+# UNTUNED_TESTS="client security" chooses what runs with both ends direct and untuned, as in programs that import grpc
+# first; MIXED_TESTS="client transports" chooses what runs with a different transport on each end.
 AGAIN := $(BIN)/pytest -q -n $(TEST_PROCESSES)
-MIXED := GRPC_BATCHER_TUNE_GRPC=0 GRPC_BATCHER_TUNE_MALLOC=0 $(AGAIN) $(or $(patsubst %,tests/test_%.py,$(MIXED_TESTS)),$(OVER_SOCKETS))
+UNTUNED := GRPC_BATCHER_TUNE_GRPC=0 GRPC_BATCHER_TUNE_MALLOC=0 $(AGAIN)
+over_sockets = $(or $(patsubst %,tests/test_%.py,$(1)),$(OVER_SOCKETS))
 test-transports: $(VENV)/installed-test
 	GRPC_BATCHER_TRANSPORT=public $(AGAIN) $(OVER_SOCKETS)
-	GRPC_BATCHER_TRANSPORT=public/direct $(MIXED)
-	GRPC_BATCHER_TRANSPORT=direct/public $(MIXED)
+	GRPC_BATCHER_TRANSPORT=direct $(UNTUNED) $(call over_sockets,$(UNTUNED_TESTS))
+	GRPC_BATCHER_TRANSPORT=public/direct $(UNTUNED) $(call over_sockets,$(MIXED_TESTS))
+	GRPC_BATCHER_TRANSPORT=direct/public $(UNTUNED) $(call over_sockets,$(MIXED_TESTS))
 
 # tritonclient needs an older protobuf than the other tests.
 test-triton:
 	$(MAKE) $(VENV)-triton/installed-triton VENV=$(VENV)-triton
 	$(VENV)-triton/bin/pytest -q tests/test_triton_client.py
+
+# What is skipped without JAX.
+test-jax: $(VENV)/installed-test $(VENV)/installed-demo-jax
+	$(BIN)/pytest -q tests/test_examples.py tests/test_array_callback.py tests/test_docs.py -k "muzero or array"
 
 # Replicas on a real Ray, and the page about them.
 test-ray:

@@ -76,7 +76,7 @@ def tests(session: nox.Session, pins: list[str], forced: str | None, beside: tup
 
     pins: what pip installs together with the package.
     forced: what is installed afterwards, although packages other than ours ask for another version.
-    beside: modules after whose import README's first example must run.
+    beside: modules beside which README's first example must run, imported before grpc_batcher and after it.
     """
     session.install("--only-binary", ":all:", ".[test]", *pins)
     if forced:
@@ -84,6 +84,7 @@ def tests(session: nox.Session, pins: list[str], forced: str | None, beside: tup
     session.run("python", "-I", "-c", VERSIONS, log=False)  # -I: the installed package, not the tree
     if beside:
         session.run("python", "scripts/first_example.py", *beside)
+        session.run("python", "scripts/first_example.py", "--last", *beside)
     # By groups: one process runs all tests that use Ray.
     options = ("-q", "-n", "4", "--dist", "loadgroup", "-p", "no:cacheprovider", *KNOWN_WARNINGS)
     session.run("pytest", *options, *(session.posargs or ["tests"]))

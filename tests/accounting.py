@@ -268,8 +268,9 @@ class AsyncioClient:
 
 # ---- the same with arrays ----
 
-_ROW_BYTES = 32768
+_ROW_BYTES = 32768  # so that 200,000 bytes are seven rows, which a batch of eight holds
 _MAX_NAME_BYTES = 64
+# A request's bytes fill as many rows as they need. In all of them but the first, size_bytes is 0.
 _ARRAYS = {"payload": Array((_ROW_BYTES,), "uint8"), "size_bytes": Array((), "int64")}
 
 
