@@ -722,12 +722,21 @@ def test_data_may_be_changed_once_its_answer_has_arrived() -> None:
         assert (first, client.send_request(data)) == (answer(b"first"), answer(b"other"))
 
 
-@pytest.mark.parametrize("data", [None, 3, 1.5, [1, 2], {"a": 1}, {1}], ids=repr)
+@pytest.mark.parametrize("data", [3, 1.5, [1, 2], {"a": 1}, {1}], ids=repr)
 def test_data_without_a_buffer_is_refused_before_anything_is_sent(data: Any) -> None:
     with serving() as batcher, connect(batcher) as client:
         with pytest.raises(TypeError, match=r"\Adata is ") as caught:
             client.send_request(data)
         assert type(data).__name__ in str(caught.value)
+        assert batcher.metrics().open_streams == 0
+        assert client.send_request(b"x") == answer(b"x")
+
+
+@pytest.mark.parametrize("arguments", [(), (None,)])
+def test_a_request_without_data_is_refused_before_anything_is_sent(arguments: tuple[None, ...]) -> None:
+    with serving() as batcher, connect(batcher) as client:
+        with pytest.raises(TypeError, match="^data is missing; a request needs it$"):
+            client.send_request(*arguments)
         assert batcher.metrics().open_streams == 0
         assert client.send_request(b"x") == answer(b"x")
 
