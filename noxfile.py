@@ -76,15 +76,15 @@ def tests(session: nox.Session, pins: list[str], forced: str | None, beside: tup
 
     pins: what pip installs together with the package.
     forced: what is installed afterwards, although packages other than ours ask for another version.
-    beside: modules beside which README's first example must run, imported before grpc_batcher and after it.
+    beside: modules beside which README's first example must run, imported before grpc_batcher, after grpc, and last.
     """
     session.install("--only-binary", ":all:", ".[test]", *pins)
     if forced:
         session.install("--only-binary", ":all:", "--no-deps", forced)
     session.run("python", "-I", "-c", VERSIONS, log=False)  # -I: the installed package, not the tree
     if beside:
-        session.run("python", "scripts/first_example.py", *beside)
-        session.run("python", "scripts/first_example.py", "--last", *beside)
+        for first in ([], ["grpc"], ["--last"]):
+            session.run("python", "scripts/first_example.py", *first, *beside)
     # By groups: one process runs all tests that use Ray.
     options = ("-q", "-n", "4", "--dist", "loadgroup", "-p", "no:cacheprovider", *KNOWN_WARNINGS)
     session.run("pytest", *options, *(session.posargs or ["tests"]))
