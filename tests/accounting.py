@@ -308,7 +308,8 @@ def _with_arrays(callback: Callable[[list[bytes]], Any]) -> Callable[[Batch], di
 
     def infer(batch: Batch) -> dict[str, Any]:
         sizes = {row: int(size) for row, size in enumerate(batch["size_bytes"][: batch.count]) if size}
-        answers = callback([batch["payload"][row : row + _rows_of(sizes[row])].tobytes()[: sizes[row]] for row in sizes])
+        payload = batch["payload"]
+        answers = callback([payload[row : row + _rows_of(size)].tobytes()[:size] for row, size in sizes.items()])
         outputs = {
             "name": np.zeros((batch.count, _MAX_NAME_BYTES), np.uint8),
             "digest": np.zeros((batch.count, 32), np.uint8),

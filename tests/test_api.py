@@ -735,7 +735,7 @@ def test_data_without_a_buffer_is_refused_before_anything_is_sent(data: Any) -> 
 @pytest.mark.parametrize("arguments", [(), (None,)])
 def test_a_request_without_data_is_refused_before_anything_is_sent(arguments: tuple[None, ...]) -> None:
     with serving() as batcher, connect(batcher) as client:
-        with pytest.raises(TypeError, match="^data is missing; a request needs it$"):
+        with pytest.raises(TypeError, match=r"^data is missing; a request needs it$"):
             client.send_request(*arguments)
         assert batcher.metrics().open_streams == 0
         assert client.send_request(b"x") == answer(b"x")

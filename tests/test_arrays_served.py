@@ -476,7 +476,7 @@ BAD_REQUESTS = [
     ),
     ("repr", named(("data", row(1))), "the request holds arrays; this batcher serves 'repr' and takes representations"),
     ("repr", b"", "the request holds no request_type"),
-    ("arrays", b"\x72\x04\x0a\x02hi", "the request holds no request_type; this batcher serves 'arrays'"),  # a later kind
+    ("arrays", b"\x72\x04\x0a\x02hi", "the request holds no request_type"),  # but a kind that is added later
     ("repr", b"\xff\xff", "2 bytes that are not a MukoeRequest"),
     ("dyna", raw(pack(row(1))), "the request holds representations; this batcher serves 'dyna' and takes dynamics"),
     ("arrays", raw(pack(row(1))), "the request holds representations; this batcher serves 'arrays' and takes arrays"),

@@ -8,7 +8,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpc_batcher import Array, MukoeBatcher, MukoeBatcherClient
 from grpc_batcher._arrays import ArrayError, Field, RequestReader
@@ -27,7 +27,6 @@ from serving import (
     address_of,
     answer,
     connect,
-    echo,
     error_of,
     eventually,
     in_callback,
@@ -103,64 +102,54 @@ def test_a_message_that_arrives_byte_by_byte_is_answered() -> None:
         assert caller.status(stream)[0] == OK
 
 
-def read_with_protobuf(message: bytes) -> MukoeRequest:
-    """Return the request; an empty one for what is none."""
+class Requests(NamedTuple):
+    """What a server takes."""
+
+    server: dict[str, Any]  # options of one that answers a request with what it holds
+    good: dict[str, Any]  # a request
+    random_message: Callable[[random.Random], bytes]
+    is_in: Callable[[MukoeRequest], bool]  # whether a message holds one
+
+
+OF_BYTES = Requests(
+    {"batch_process_fn": lambda requests: [({"data": data}, 0) for data in requests]},
+    {"data": b"good"},
+    lambda dice: MODELS["repr"].write_request({"data": dice.randbytes(dice.randrange(100))}),
+    lambda message: message.WhichOneof("request_type") == "representations",
+)
+
+DECLARED = {"image": Array((10, 10), "uint8"), "state": Array((2,), "float32")}
+READER = RequestReader(
+    MukoeRequest.ARRAYS_FIELD_NUMBER,
+    [Field(name, array.shape, array.dtype.name, array.dtype.itemsize) for name, array in DECLARED.items()],
+    max_rows=8,
+)
+
+
+def random_arrays(dice: random.Random) -> bytes:
+    rows = dice.randrange(1, 4)
+    values = {
+        name: msgpack.packb(((rows, *array.shape), array.dtype.name, dice.randbytes(rows * array.row_bytes)))
+        for name, array in DECLARED.items()
+    }
+    pairs = [KeyValue(key=name, values=packed) for name, packed in values.items()]
+    return MukoeRequest(arrays=Arrays(arrays=pairs), keep_rows_axis=dice.random() < 0.5).SerializeToString()
+
+
+def holds_declared_arrays(message: MukoeRequest) -> bool:
     try:
-        return MukoeRequest.FromString(message)
-    except (DecodeError, UnicodeDecodeError, SystemError):  # the latter two out of 3.20, in plain Python and in C++
-        return MukoeRequest()
+        READER.of_payloads(((pair.key, pair.values) for pair in message.arrays.arrays), 0, message.keep_rows_axis)
+    except ArrayError:
+        return False
+    return True
 
 
-class OfBytes:
-    """Messages for a server of bytes, and which of them are requests."""
-
-    server: dict[str, Any] = {"batch_process_fn": echo}
-    client: dict[str, Any] = {}
-
-    def message(self, dice: random.Random) -> bytes:
-        return MODELS["repr"].write_request({"data": dice.randbytes(dice.randrange(100))})
-
-    def is_request(self, message: bytes) -> bool:
-        return read_with_protobuf(message).WhichOneof("request_type") == "representations"
-
-    def good(self, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What a client sends, and the dictionary it gets back."""
-        return {"data": b"%d" % number}, {"result": b"%d" % number}
-
-
-class OfArrays:
-    """The same for a server of two arrays, each of 1 to 3 rows."""
-
-    declared = {"image": Array((10, 10), "uint8"), "state": Array((2,), "float32")}
-    server: dict[str, Any] = {"batch_process_fn": dict, "model": "arrays", "arrays": declared}
-    client: dict[str, Any] = {"arrays": True}
-    reader = RequestReader(
-        MukoeRequest.ARRAYS_FIELD_NUMBER,
-        [Field(name, array.shape, array.dtype.name, array.dtype.itemsize) for name, array in declared.items()],
-        max_rows=8,
-    )
-
-    def message(self, dice: random.Random) -> bytes:
-        rows = dice.randrange(1, 4)
-        pairs = [
-            (name, ((rows, *array.shape), array.dtype.name, dice.randbytes(rows * array.row_bytes)))
-            for name, array in self.declared.items()
-        ]
-        arrays = Arrays(arrays=[KeyValue(key=name, values=msgpack.packb(packed)) for name, packed in pairs])
-        return MukoeRequest(arrays=arrays, keep_rows_axis=dice.random() < 0.5).SerializeToString()
-
-    def is_request(self, message: bytes) -> bool:
-        request = read_with_protobuf(message)
-        pairs = [(pair.key, pair.values) for pair in request.arrays.arrays]
-        try:
-            self.reader.of_payloads(pairs, keep_rows_axis=request.keep_rows_axis)
-        except ArrayError:
-            return False
-        return True
-
-    def good(self, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        arrays = {name: np.full(array.shape, number % 256, array.dtype) for name, array in self.declared.items()}
-        return arrays, arrays
+OF_ARRAYS = Requests(
+    {"batch_process_fn": dict, "model": "arrays", "arrays": DECLARED},
+    {name: np.ones(array.shape, array.dtype) for name, array in DECLARED.items()},
+    random_arrays,
+    holds_declared_arrays,
+)
 
 
 def corrupted(message: bytes, dice: random.Random) -> bytes:
@@ -175,27 +164,29 @@ def corrupted(message: bytes, dice: random.Random) -> bytes:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("kind", [OfBytes(), OfArrays()], ids=["bytes", "arrays"])
-def test_of_1000_corrupted_messages_exactly_those_that_are_requests_are_answered(kind: OfBytes | OfArrays) -> None:
-    dice, requests = random.Random(4), 0
+@pytest.mark.parametrize("requests", [OF_BYTES, OF_ARRAYS], ids=["bytes", "arrays"])
+def test_of_1000_corrupted_messages_exactly_those_that_are_requests_are_answered(requests: Requests) -> None:
+    dice, answered = random.Random(4), 0
     with (
-        serving(**kind.server) as batcher,
+        serving(**requests.server) as batcher,
         grpc.insecure_channel(address_of(batcher)) as channel,
-        connect(batcher, **kind.client) as client,
+        connect(batcher, arrays=requests is OF_ARRAYS) as client,
     ):
         for number in range(1000):
-            message = corrupted(kind.message(dice), dice)
+            message = corrupted(requests.random_message(dice), dice)
+            try:
+                is_request = requests.is_in(MukoeRequest.FromString(message))
+            except (DecodeError, UnicodeDecodeError, SystemError):  # the latter two from protobuf 3.20
+                is_request = False
             call = channel.stream_stream(METHOD)(iter((message,)))
             with suppress(grpc.RpcError):
                 list(call)
-            is_request = kind.is_request(message)
             assert (call.code() is grpc.StatusCode.OK) is is_request, message.hex()
             assert is_request or call.code() is grpc.StatusCode.INVALID_ARGUMENT, message.hex()
-            requests += is_request
+            answered += is_request
             if number % 100 == 0:
-                sent, expected = kind.good(number)
-                np.testing.assert_equal(client.send_request(**sent), (expected, 0))
-    assert 20 < requests < 980
+                np.testing.assert_equal(client.send_request(**requests.good), (requests.good, 0))
+    assert 20 < answered < 980
 
 
 # ---- peers that do not speak gRPC ----
