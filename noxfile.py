@@ -28,7 +28,7 @@ OLDEST = {
 OLDEST_PROTOBUF = "protobuf==3.20.3"
 # Releases in between, each on the newest Python that it has wheels for.
 BETWEEN = {"1.62.3": "3.12", "1.71.2": "3.13"}
-# What MuKoe's users have installed.
+# What MuKoe's users have installed. With Ray among it, the tests of replicas run, too.
 MUKOE = ["numpy==1.23.5", "tensorflow-cpu==2.15.*", "ray==2.9.*", "protobuf<5"]
 
 # These are warnings of protobuf 3.20 and 4.25 and of grpcio; the tests take every other warning for an error.

@@ -128,6 +128,8 @@ class Replicas:
     def publish(self, weights: Any, *, step: int) -> None:
         """Make all replicas use these weights from their next batch on. Returns when all have them.
 
+        Returns after a minute at most. A replica that hangs gets them once it goes on, and Ray's logs have a warning.
+
         weights: any object that Ray can store, or its ObjectRef. Each replica fetches it once. Replicas that are added
             or restarted later start with the latest.
         step: an int32, as for `MukoeBatcher.publish`.

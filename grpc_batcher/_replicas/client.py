@@ -20,8 +20,9 @@ from .names import PREFIX, exists
 # How long a client waits before it asks again, if the directory did not answer.
 _RETRY_NS = 1_000_000_000
 
-# How long a request waits for the directory's first answer, at most. Ray restarts a directory within a few seconds.
-_FIRST_ANSWER_LIMIT_NS = 10_000_000_000
+# How long a request waits for the first answer of the directory, at most. Ray restarts one within a few seconds, and it
+# then takes up to 8 to find its replicas.
+_FIRST_ANSWER_LIMIT_NS = 15_000_000_000
 
 # A client that is late by this many of its intervals was idle. Its replicas may have been restarted at other ports, so
 # its next request waits for a fresh answer, at most for this long: the addresses that it knows may still be right.
@@ -154,7 +155,8 @@ class _DirectoryRoute:
 
     def _note(self, replicas: list[str], pause_s: float) -> None:
         with self._changed:
-            if replicas and replicas[:1] != self._replicas[:1]:
+            # A new target means a new connection, which the order of the others is not worth.
+            if replicas and (replicas[:1] != self._replicas[:1] or set(replicas) != set(self._replicas)):
                 self._target = _target_of(replicas)
             self._replicas = replicas or self._replicas
             self._fault = "no replica is serving now; Ray may be restarting them"

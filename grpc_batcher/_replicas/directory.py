@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -27,11 +28,17 @@ _LEASE_INTERVALS = 6
 _POLL_S = 0.1
 _FAILURE_PAUSE_S = 1.0
 
-# How long a restarted directory waits for a replica to say what it knows. One that Ray has not placed yet is silent.
-_RECOVERY_LIMIT_S = 10.0
+# How long a restarted directory waits for a replica to say what it knows, and again for it to serve. New clients wait
+# meanwhile, so both together must be well below `_FIRST_ANSWER_LIMIT_NS`. One that Ray has not placed yet is silent.
+_RECOVERY_LIMIT_S = 4.0
 
-# How long a replica may take beyond its grace period, or to tell its counters, before it counts as hanging.
+# How long a replica may take beyond its grace period, or to tell its counters, before it counts as hanging. Fetching
+# weights takes longer.
 _HANG_S = 5.0
+_PUBLISH_LIMIT_S = 60.0
+
+# How long `hold` takes.
+_HOLD_S = 60.0
 
 # How many threads serve a replica's methods. One always waits for the batcher's end.
 _REPLICA_THREADS = 8
@@ -92,6 +99,7 @@ class Directory:
         self._actor_options = dict(actor_options)
         self._replicas: dict[int, _Entry] = {}
         self._clients: dict[str, _Client] = {}
+        self._clients_known_s = 0.0  # when all clients of an earlier incarnation have asked this one
         self._publication = NOTHING_PUBLISHED
         self._recovery: asyncio.Task[None] | None = None
         self._scaling: asyncio.Task[None] | None = None
@@ -99,9 +107,12 @@ class Directory:
     # ---- what replicas call ----
 
     async def hold(self) -> None:
-        """Never return: a replica that waits for it notices when this actor dies."""
+        """Return after a while: a replica that waits for it notices when this actor dies.
+
+        Not never, or the calls of replicas that died would pile up.
+        """
         await self._recovered()
-        await asyncio.Event().wait()
+        await asyncio.sleep(_HOLD_S)
 
     # ---- what clients call ----
 
@@ -170,23 +181,29 @@ class Directory:
         except Exception:
             # One that an earlier call added may be the one that failed.
             failed = [each for each in self._replicas.values() if each.failure is not None and each not in added]
-            await asyncio.gather(*map(self._end, (*added, *failed)))
+            ended = asyncio.gather(*map(self._end, (*added, *failed)))
+            await asyncio.shield(ended)  # even if a later call takes over
             raise
         for entry in surplus:
             assert entry.drain is not None
             await asyncio.shield(entry.drain)
 
     async def publish(self, box: list[Any], step: int) -> None:
-        """Return when all replicas that serve now have the weights."""
+        """Return when all replicas that serve now have the weights, except those that hang."""
         await self._recovered()
-        self._publication = Publication(box, step, self._publication.number + 1)
-        serving = self._serving().values()
+        # Replicas ignore lower numbers. By the clock, it is higher even if nobody could say what was published last.
+        number = max(self._publication.number + 1, time.time_ns())
+        self._publication = Publication(box, step, number)
+        serving = self._serving()
         outcomes = await asyncio.gather(
-            *(entry.actor.publish.remote(self._publication) for entry in serving), return_exceptions=True
+            *(_within(_PUBLISH_LIMIT_S, entry.actor.publish.remote(self._publication)) for entry in serving.values()),
+            return_exceptions=True,
         )
-        for outcome in outcomes:
+        for replica, outcome in zip(serving, outcomes, strict=True):
+            if isinstance(outcome, asyncio.TimeoutError):
+                _logger.warning("replica %d hangs; it gets the weights of step %d once it goes on", replica, step)
             # A replica that dies meanwhile starts with these weights.
-            if isinstance(outcome, BaseException) and not isinstance(outcome, ray.exceptions.RayActorError):
+            elif isinstance(outcome, BaseException) and not isinstance(outcome, ray.exceptions.RayActorError):
                 raise outcome
 
     async def metrics(self) -> dict[str, Metrics]:
@@ -253,7 +270,7 @@ class Directory:
     async def _drain(self, entry: _Entry, grace_s: float) -> None:
         """Let a replica's clients move to others, then have it answer what it has taken in, and end it."""
         end_s = time.monotonic() + grace_s
-        while any(client.number == entry.number for client in self._clients.values()) and time.monotonic() < end_s:
+        while self._may_have_clients(entry) and time.monotonic() < end_s:
             await asyncio.sleep(_POLL_S)
             self._forget_clients()
         if entry.address:
@@ -308,8 +325,13 @@ class Directory:
     def _has_name(self, entry: _Entry) -> bool:
         return exists(self._actor_name(entry.number))
 
+    def _may_have_clients(self, entry: _Entry) -> bool:
+        if time.monotonic() < self._clients_known_s:
+            return True
+        return any(client.number == entry.number for client in self._clients.values())
+
     def _forget_clients(self) -> float:
-        """Forget those that have not asked for long. Returns how soon a client should ask again."""
+        """Forget clients that have not asked for a while. Returns how soon a client should ask again."""
         pause_s = max(_CHECK_IN_S, len(self._clients) / _MAX_CHECK_INS_PER_S)
         before_s = time.monotonic() - _LEASE_INTERVALS * pause_s
         self._clients = {name: client for name, client in self._clients.items() if client.seen_s >= before_s}
@@ -323,25 +345,40 @@ class Directory:
         await asyncio.shield(self._recovery)
 
     async def _recover(self) -> None:
-        """Find the replicas that an earlier incarnation of this actor created."""
+        """Find the replicas that an earlier incarnation of this actor created, and where they serve."""
+        try:
+            found = self._find()
+        except Exception:  # Ray itself may be restarting
+            self._recovery = None  # the next call tries again
+            raise
+        answers = await asyncio.gather(*map(_publication_of, found.values()))
+        self._publication = max((NOTHING_PUBLISHED, *filter(None, answers)), key=lambda each: each.number)
+        entries = [self._add(number, actor, is_new=False) for number, actor in found.items()]
+        answering = [entry for entry, answer in zip(entries, answers, strict=True) if answer is not None]
+        all_serve = asyncio.gather(*(entry.wait_until_it_serves() for entry in answering), return_exceptions=True)
+        with suppress(asyncio.TimeoutError):  # one may have been starting, which takes as long as it takes
+            await asyncio.wait_for(all_serve, _RECOVERY_LIMIT_S)
+        if found:
+            self._clients_known_s = time.monotonic() + _LEASE_INTERVALS * _CHECK_IN_S
+
+    def _find(self) -> dict[int, Any]:
+        """Return the actors of the replicas by their numbers, in order."""
         prefix = f"{self._name}."
         found = {}
         for name in ray.util.list_named_actors():
             number = name.removeprefix(prefix)
             if name.startswith(prefix) and number.isdecimal():
-                found[int(number)] = ray.get_actor(name)
-        answers = await asyncio.gather(*map(_publication_of, found.values()))
-        self._publication = max((NOTHING_PUBLISHED, *answers), key=lambda each: each.number)
-        for number, actor in sorted(found.items()):
-            self._add(number, actor, is_new=False)
+                with suppress(ValueError):  # it vanished meanwhile
+                    found[int(number)] = ray.get_actor(name)
+        return dict(sorted(found.items()))
 
 
-async def _publication_of(actor: Any) -> Publication:
-    """Return what a replica knows to be published last."""
+async def _publication_of(actor: Any) -> Publication | None:
+    """Return what a replica knows to be published last; None if it does not answer."""
     try:
         found: Publication = await _within(_RECOVERY_LIMIT_S, actor.publication.remote())
     except (ray.exceptions.RayError, asyncio.TimeoutError):
-        return NOTHING_PUBLISHED
+        return None
     return found
 
 

@@ -33,7 +33,7 @@ class Publication:
 
     box: a list with the reference of the weights in Ray's store; empty if nothing was published. (In a list, Ray passes
         on the reference instead of the weights.)
-    number: counts the publications; 0 stands for none.
+    number: grows with each publication; 0 stands for none.
     """
 
     def __init__(self, box: list[Any], step: int, number: int) -> None:
