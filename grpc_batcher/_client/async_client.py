@@ -61,7 +61,7 @@ class AsyncMukoeBatcherClient:
     def transport(self) -> str:
         """Which transport carries the requests: "direct", or "public" if only grpcio's public API is used.
 
-        Before the first request, this does not know whether something wraps the channel, such as OpenTelemetry.
+        Before the first request this is "direct" even if something, such as OpenTelemetry, will wrap the channel.
         """
         return self._client.transport
 
