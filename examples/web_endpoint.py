@@ -35,7 +35,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, AsyncMukoeBatcherC
 
 
 async def infer(request: Request) -> Response:
-    """Answer the body of a POST. A visitor who goes away cancels the request."""
+    """Answer the body of a POST. A request takes 2 s at most, even if its visitor has gone."""
     try:
         answer, step = await request.state.client.send_request(await request.body(), timeout_s=2.0)
     except RequestError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import concurrent.futures
 import itertools
 import random
 import threading
@@ -41,6 +42,9 @@ from traffic import (
 MAX_REQUESTS_A_THREAD = 60
 MAX_PAUSE_S = 0.03
 PROBE_PAUSE_S = 0.01
+
+# When a request is cancelled, or its client closed.
+MAX_MOMENT_S = 0.02
 
 # A request without a short time limit that has no outcome by then never gets one.
 LOST_S = 30.0
@@ -92,6 +96,20 @@ class Sender:
         else:
             answer = self._wait_for(self._async_client.send_request(**arguments))
         return _as_bytes(self._target, answer)
+
+    def send_and_cancel(self, payload: bytes, arguments: Mapping[str, Any], chance: random.Random) -> Any:
+        """Send a request as a future or as a task, and cancel it at some moment, unless the answer comes before."""
+        arguments = _as_sent(self._target, payload, arguments)
+        if chance.random() < 0.5:
+            future: concurrent.futures.Future[Any] = self._client.submit(**arguments)
+        else:
+            future = asyncio.run_coroutine_threadsafe(self._async_client.send_request(**arguments), self._loop)
+        concurrent.futures.wait([future], chance.random() * MAX_MOMENT_S)
+        future.cancel()
+        try:
+            return _as_bytes(self._target, future.result())
+        except concurrent.futures.CancelledError:
+            raise RequestError(grpc.StatusCode.CANCELLED, "cancelled by its caller") from None
 
     def close(self) -> None:
         self._client.close()
@@ -215,8 +233,10 @@ class Callers:
             arguments["action"] = step_of(number)
         client = self._clients[target]
         try:
-            if kind is Kind.CANCELLED:
+            if kind is Kind.CANCELLED and chance.random() < 0.5:
                 answer = _send_and_close(target, payload, arguments, chance)
+            elif kind is Kind.CANCELLED:
+                answer = client.send_and_cancel(payload, arguments, chance)
             else:
                 answer = client.send(payload, arguments, chance)
         except RequestError as error:
@@ -271,7 +291,7 @@ def _send_and_close(
 ) -> tuple[dict[str, bytes], int] | None:
     """Send with a client that another thread closes meanwhile. Returns None if it was closed too early to send."""
     client = _connect(target)
-    closing = threading.Timer(chance.random() * 0.02, client.close)
+    closing = threading.Timer(chance.random() * MAX_MOMENT_S, client.close)
     closing.start()
     try:
         return _as_bytes(target, client.send_request(**_as_sent(target, payload, arguments)))

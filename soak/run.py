@@ -1,4 +1,4 @@
-"""Put mixed load on two servers, and check that every promise holds for every request. See soak/README.md."""
+"""Put mixed load on three servers, and check that every promise holds for every request. See soak/README.md."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Kind(IntEnum):
 
     PLAIN = 0  # an answer
     HURRIED = 1  # its deadline may pass first
-    CANCELLED = 2  # its client may be closed first
+    CANCELLED = 2  # its client may be closed first, or its future or task cancelled
     FAILING = 3  # the callback answers it with an Exception
     RAISING = 4  # the callback raises, and the whole batch fails
     WRONG_MODEL = 5  # refused: the other model's request

@@ -237,17 +237,21 @@ class AsyncioClient:
     """Sends each request as a task of a loop, which runs on a thread of its own."""
 
     def __init__(self, address: str) -> None:
-        self._client = AsyncMukoeBatcherClient(address)
+        self.client = AsyncMukoeBatcherClient(address)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
     def send_request(self, *arguments: Any, **named: Any) -> Any:
-        return self._run(self._client.send_request(*arguments, **named))
+        return self.run(self.client.send_request(*arguments, **named))
+
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run a coroutine in the loop, and wait for it."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def close(self) -> None:
         if not self._loop.is_closed():
-            self._run(self._close())
+            self.run(self._close())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -259,11 +263,8 @@ class AsyncioClient:
         self.close()
 
     async def _close(self) -> None:
-        await self._client.close()
+        await self.client.close()
         await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)  # type: ignore[arg-type]
-
-    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
 
 # ---- the same with arrays ----

@@ -53,7 +53,7 @@ def test_a_batcher_serves_on_an_abstract_unix_socket() -> None:
     address = f"unix-abstract:grpc_batcher-{os.getpid()}"
     with serving(host=address), MukoeBatcherClient(address) as client:
         assert client.send_request(b"x") == answer(b"x")
-        with pytest.raises(BindError, match=f"cannot listen on {address}: another server does") as caught:
+        with pytest.raises(BindError, match=f"cannot listen on {address}: another server is") as caught:
             create_batcher("repr", 1, 0.0, batch_process_fn=echo, host=address).start()
         assert caught.value.errno == errno.EADDRINUSE
         assert client.send_request(b"y") == answer(b"y")
@@ -63,7 +63,7 @@ def test_a_batcher_serves_on_an_abstract_unix_socket() -> None:
 def test_two_batchers_never_share_a_unix_socket(form: str, tmp_path: Path) -> None:
     address = form.format(tmp_path / "batcher.sock")
     with serving(host=address):
-        with pytest.raises(BindError, match=f"cannot listen on {address}: another server does") as caught:
+        with pytest.raises(BindError, match=f"cannot listen on {address}: another server is") as caught:
             create_batcher("repr", 1, 0.0, batch_process_fn=echo, host=address).start()
         assert caught.value.errno == errno.EADDRINUSE
         with MukoeBatcherClient(address) as client:

@@ -285,7 +285,7 @@ ERRORS = [
     (["serve", *REPR, "--max-queue-size", "3"], "--max-queue-size is 3; it must be at least batch_size (4)"),
     (["serve", *REPR, "--max-queue-bytes", "0"], "--max-queue-bytes is 0; it must be an int from 1"),
     (["serve", *REPR, "--warm-up"], "--warm-up is True; without arrays it must be a list of requests"),
-    (["serve", *REPR, "--batch-sizes", "1,4"], "--batch-sizes is [1, 4], but without arrays nothing is padded"),
+    (["serve", *REPR, "--batch-sizes", "1,4"], "--batch-sizes is [1, 4], which needs arrays=: without it nothing is"),
     (["serve", *ARRAYS, "--batch-sizes", "1,few"], "'1,few' is not a list of numbers such as 1,4,16"),
     (["serve", *ARRAYS, "--batch-sizes", "1,2"], "--batch-sizes is (1, 2); it must be ints from 1 to batch_size (4)"),
     (["serve", "functions:echo", "--model", "arrays", *SERVE], "--model is 'arrays', which needs arrays"),

@@ -8,7 +8,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -348,22 +348,38 @@ class PuppetServer:
 ANSWER = PuppetServer.ANSWER
 
 
-def test_a_request_that_the_server_did_not_take_in_is_resent() -> None:
+Ask = Callable[[MukoeBatcherClient, bytes], Any]
+
+
+def send_request(client: MukoeBatcherClient, data: bytes) -> Any:
+    return client.send_request(data)
+
+
+def submit(client: MukoeBatcherClient, data: bytes) -> Any:
+    return client.submit(data).result()
+
+
+both_ways = pytest.mark.parametrize("ask", [send_request, submit])
+
+
+@both_ways
+def test_a_request_that_the_server_did_not_take_in_is_resent(ask: Ask) -> None:
     puppet = PuppetServer([ANSWER, ANSWER, (UNAVAILABLE, "2")], [ANSWER, ANSWER])
     with plain_server(puppet) as address, MukoeBatcherClient(address) as client:
         for _ in range(4):
-            assert client.send_request(b"x") == ({}, 0)
+            assert ask(client, b"x") == ({}, 0)
         assert puppet.received == [3, 2]
 
 
-def test_a_request_is_resent_only_once() -> None:
+@both_ways
+def test_a_request_is_resent_only_once(ask: Ask) -> None:
     puppet = PuppetServer([ANSWER, (UNAVAILABLE, "1")], [(UNAVAILABLE, "0")], [ANSWER])
     with plain_server(puppet) as address, MukoeBatcherClient(address) as client:
-        assert client.send_request(b"x") == ({}, 0)
-        error = error_of(client.send_request, b"y")
+        assert ask(client, b"x") == ({}, 0)
+        error = error_of(ask, client, b"y")
         assert (error.code(), error.details()) == (UNAVAILABLE, "as the script says")
         assert puppet.received == [2, 1, 0]
-        assert client.send_request(b"z") == ({}, 0)
+        assert ask(client, b"z") == ({}, 0)
 
 
 @pytest.mark.parametrize(
@@ -376,31 +392,34 @@ def test_a_request_is_resent_only_once() -> None:
         pytest.param((grpc.StatusCode.RESOURCE_EXHAUSTED, "1"), id="refused for a reason"),
     ],
 )
-def test_a_request_that_may_have_been_taken_in_is_not_resent(end: Any) -> None:
+@both_ways
+def test_a_request_that_may_have_been_taken_in_is_not_resent(end: Any, ask: Ask) -> None:
     puppet = PuppetServer([ANSWER, end], [ANSWER])
     with plain_server(puppet) as address, MukoeBatcherClient(address) as client:
-        assert client.send_request(b"x") == ({}, 0)
-        error = error_of(client.send_request, b"y")
+        assert ask(client, b"x") == ({}, 0)
+        error = error_of(ask, client, b"y")
         assert (error.code(), error.details()) == (end[0], "as the script says")
         assert puppet.received == [2, 0]
-        assert client.send_request(b"z") == ({}, 0)
+        assert ask(client, b"z") == ({}, 0)
 
 
-def test_the_first_request_of_a_stream_is_not_resent() -> None:
+@both_ways
+def test_the_first_request_of_a_stream_is_not_resent(ask: Ask) -> None:
     puppet = PuppetServer([(UNAVAILABLE, "0")], [ANSWER])
     with plain_server(puppet) as address, MukoeBatcherClient(address) as client:
-        assert error_of(client.send_request, b"x").code() is UNAVAILABLE
+        assert error_of(ask, client, b"x").code() is UNAVAILABLE
         assert puppet.received == [1, 0]
-        assert client.send_request(b"y") == ({}, 0)
+        assert ask(client, b"y") == ({}, 0)
 
 
-def test_a_stream_that_ends_with_ok_instead_of_an_answer_is_an_error() -> None:
+@both_ways
+def test_a_stream_that_ends_with_ok_instead_of_an_answer_is_an_error(ask: Ask) -> None:
     puppet = PuppetServer([(grpc.StatusCode.OK, None)], [ANSWER])
     with plain_server(puppet) as address, MukoeBatcherClient(address) as client:
-        error = error_of(client.send_request, b"x")
+        error = error_of(ask, client, b"x")
         assert error.code() is UNAVAILABLE
         assert "without an answer" in error.details()
-        assert client.send_request(b"y") == ({}, 0)
+        assert ask(client, b"y") == ({}, 0)
         assert puppet.received == [1, 1]
 
 

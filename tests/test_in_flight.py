@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import logging
 import pickle
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 from grpc_batcher import Array, AsyncMukoeBatcherClient, MukoeBatcherClient, RequestError
+from grpc_batcher._client.stream_pool import StreamPool
 
 import grpc
 import pytest
@@ -37,6 +40,11 @@ INVALID_ARGUMENT, UNAVAILABLE = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCod
 
 def connect_async(batcher: Any, **options: Any) -> AsyncMukoeBatcherClient:
     return AsyncMukoeBatcherClient(address_of(batcher), **options)
+
+
+class PassOn(grpc.StreamStreamClientInterceptor):  # type: ignore[misc]
+    def intercept_stream_stream(self, continuation: Callable[..., Any], details: Any, messages: Any) -> Any:
+        return continuation(details, messages)
 
 
 # ---- futures ----
@@ -119,6 +127,73 @@ def test_a_callback_of_a_future_may_submit_even_at_the_limit() -> None:
         client.submit(b"0").add_done_callback(go_on)
         over.wait()
         assert results == [answer(b"%d" % number) for number in range(100)]
+
+
+class Unloggable(logging.Handler):
+    """A log handler that raises, as few do."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise SystemExit(f"cannot log {record.getMessage()}")
+
+
+# Each is received by one thread per client on the direct transport, and by one per stream on the public one.
+@pytest.mark.parametrize("options", [{}, {"interceptors": [PassOn()]}], ids=["plain", "intercepted"])
+@pytest.mark.parametrize("is_log_broken", [False, True], ids=["", "log is broken"])
+def test_whatever_a_callback_of_a_future_raises_the_client_goes_on(options: Any, is_log_broken: bool) -> None:
+    def fail(_: object) -> None:
+        raise (ValueError if is_log_broken else SystemExit)("in the callback")
+
+    handler = Unloggable() if is_log_broken else logging.NullHandler()
+    loggers = logging.getLogger("grpc_batcher"), logging.getLogger("concurrent.futures")
+    with Held() as held, serving(held, batch_size=1) as batcher, connect(batcher, **options) as client:
+        futures = [client.submit(b"%d" % number) for number in range(2)]
+        futures[0].add_done_callback(fail)
+        for logger in loggers:
+            logger.addHandler(handler)
+        try:
+            held.release(float("inf"))
+            assert [future.result() for future in futures] == [answer(b"0"), answer(b"1")]
+            for number in range(3):
+                assert client.submit(b"%d" % number).result() == answer(b"%d" % number)
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
+
+
+def test_a_callback_that_raises_system_exit_does_not_keep_a_cancelled_request_waiting() -> None:
+    def fail(_: object) -> None:
+        raise SystemExit(1)
+
+    with Held() as held, serving(held, batch_size=1) as batcher, connect(batcher) as client:
+        first = client.submit(b"in the callback")
+        eventually(lambda: held.batches)
+        second = client.submit(b"waits")
+        eventually(lambda: batcher.metrics().waiting == 1)
+        second.add_done_callback(fail)
+        with pytest.raises(SystemExit):
+            second.cancel()
+        eventually(lambda: batcher.metrics().waiting == 0)
+        held.release()
+        assert first.result() == answer(b"in the callback")
+
+
+def test_a_stream_that_was_cancelled_just_as_its_answer_came_takes_no_other_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    is_kept: list[bool] = []
+    give_back = StreamPool.give_back
+
+    def cancel_and_give_back(pool: StreamPool, loan: Any) -> None:
+        pool.cancel(loan, loan.requests)
+        give_back(pool, loan)
+        is_kept.append(loan in pool._idle_pooled)
+
+    with serving() as batcher, connect(batcher) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(StreamPool, "give_back", cancel_and_give_back)
+            assert client.submit(b"x").result() == answer(b"x")
+        assert is_kept == [False]
+        assert client.submit(b"y").result() == answer(b"y")
 
 
 def test_send_many_in_a_callback_of_a_future_raises_instead_of_waiting_for_itself() -> None:
@@ -255,6 +330,18 @@ def test_a_pipeline_does_not_wait_out_the_window() -> None:
         assert batcher.metrics().open_streams == 64
 
 
+def test_a_pipeline_that_slides_does_not_wait_out_the_window() -> None:
+    """Each answer that is taken makes room for one more request."""
+    with serving(batch_size=64, batch_timeout_s=1000.0) as batcher, connect(batcher) as client:
+        client.send_many([b"x"] * 64)
+        in_flight = deque(client.submit(b"%d" % number) for number in range(16))
+        for number in range(500):
+            assert in_flight.popleft().result() == answer(b"%d" % number)
+            in_flight.append(client.submit(b"%d" % (number + 16)))
+        assert [future.result() for future in in_flight] == [answer(b"%d" % number) for number in range(500, 516)]
+        assert batcher.metrics().batches["timeout"] == 0
+
+
 # ---- asyncio ----
 
 
@@ -329,6 +416,32 @@ def test_a_task_that_is_cancelled_while_it_waits_for_a_place_leaves_it_to_others
                 await late
             held.release(2)
             assert [await first, await third] == [answer(b"first"), answer(b"third")]
+
+    with Held() as held, serving(held) as batcher:
+        asyncio.run(ask())
+        assert held.batches == [[b"first"], [b"third"]]
+
+
+def test_a_task_that_is_cancelled_just_as_it_gets_its_place_is_cancelled() -> None:
+    async def ask() -> None:
+        async with connect_async(batcher, max_in_flight=1) as client:
+
+            async def ask_first() -> None:
+                assert await client.send_request(b"first") == answer(b"first")
+                second.cancel()  # in the turn of the loop in which its place is given
+
+            first = asyncio.create_task(ask_first())
+            while not held.batches:
+                await asyncio.sleep(0)
+            second = asyncio.create_task(client.send_request(b"second", timeout_s=1000))
+            await asyncio.sleep(0)
+            held.release(2)
+            (mailbox,) = client._mailboxes.values()
+            eventually(lambda: len(mailbox._letters) == 2)  # the place, and the first answer
+            await first
+            with pytest.raises(asyncio.CancelledError):
+                await second
+            assert await client.send_request(b"third") == answer(b"third")
 
     with Held() as held, serving(held) as batcher:
         asyncio.run(ask())
@@ -447,6 +560,12 @@ def test_a_server_that_ends_the_stream_without_an_answer_is_an_error() -> None:
 
 def test_a_future_of_a_client_that_is_garbage_collected_in_flight_is_answered_and_nothing_is_left() -> None:
     with Held() as held, serving(held) as batcher:
+        held.release()
+        connect(batcher).submit(b"first").result()  # starts threads that the server keeps
+        gc.collect()
+        eventually(lambda: batcher.metrics().open_streams == 0)
+        held.batches.clear()
+        threads = threading.active_count()
         futures = [connect(batcher).submit(b"%d" % number) for number in range(3)]
         eventually(lambda: held.batches)
         gc.collect()
@@ -454,6 +573,7 @@ def test_a_future_of_a_client_that_is_garbage_collected_in_flight_is_answered_an
         assert [future.result() for future in futures] == [answer(b"%d" % number) for number in range(3)]
         gc.collect()
         eventually(lambda: batcher.metrics().open_streams == 0)
+        eventually(lambda: threading.active_count() <= threads)
 
 
 def test_an_answer_is_freed_with_its_future_without_the_garbage_collector() -> None:
@@ -575,9 +695,28 @@ EXITS = """
 """
 
 
-def test_a_program_that_ends_with_requests_in_flight_ends_at_once_and_cancels_them(tmp_path: Path) -> None:
+EXITS_WITH_TASKS = """
+    import asyncio, sys
+    from grpc_batcher import AsyncMukoeBatcherClient
+
+    async def begin():
+        tasks.extend(asyncio.create_task(client.send_request(b"%d" % number)) for number in range(20))
+        await asyncio.sleep(0)
+
+    client, tasks, loop = AsyncMukoeBatcherClient(sys.argv[1]), [], asyncio.new_event_loop()
+    loop.run_until_complete(begin())
+    print(sum(task.done() for task in tasks))
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "output"), [(EXITS, "RequestError"), (EXITS_WITH_TASKS, "0")], ids=["futures", "asyncio"]
+)
+def test_a_program_that_ends_with_requests_in_flight_ends_at_once_and_cancels_them(
+    program: str, output: str, tmp_path: Path
+) -> None:
     with Held() as held, serving(held) as batcher:
-        assert run_program(tmp_path, EXITS, address_of(batcher)) == ["RequestError"]
+        assert run_program(tmp_path, program, address_of(batcher)) == [output]
         eventually(lambda: batcher.metrics().open_streams == 0)
 
 
@@ -596,11 +735,6 @@ FORKS = """
 def test_a_client_that_was_not_used_before_a_fork_works_on_both_sides(tmp_path: Path) -> None:
     with serving() as batcher:
         assert run_program(tmp_path, FORKS, address_of(batcher)) == [f"{answer(b'x')}"] * 2
-
-
-class PassOn(grpc.StreamStreamClientInterceptor):  # type: ignore[misc]
-    def intercept_stream_stream(self, continuation: Callable[..., Any], details: Any, messages: Any) -> Any:
-        return continuation(details, messages)
 
 
 def test_futures_work_with_interceptors() -> None:

@@ -95,6 +95,88 @@ def test_an_exception_of_a_signal_handler_at_any_bytecode_of_an_exchange_leaks_n
     assert line.startswith("True "), line  # the number of bytecodes tried
 
 
+INTERRUPTED_SENDER = """
+    import dis, sys
+    from grpc_batcher import MukoeBatcherClient, create_batcher
+    from grpc_batcher._client import client, exchange, in_flight, places, stream_pool
+    from grpc_batcher._transport import direct_pooled
+
+    class Interrupt(BaseException):
+        pass
+
+    def echo(requests):
+        return [({"result": data}, 0) for data in requests]
+
+    def send_many(client, data):
+        return client.send_many(data)
+
+    def submit(client, data):
+        return [future.result() for future in [client.submit(each) for each in data]]
+
+    def answers(data):
+        return [({"result": each}, 0) for each in data]
+
+    files = {module.__file__ for module in (client, exchange, in_flight, places, stream_pool, direct_pooled)}
+    code_of = {}
+
+    # At which of the moments at which Python runs signal handlers (a function begins, a call is over, a loop goes on)
+    # a sender is interrupted as Ctrl-C would interrupt it, counted from 1. A stream that is being opened is left out.
+    target = passed = 0
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename not in files or frame.f_code.co_name in ("_open", "_open_pooled", "__init__"):
+            return None
+        frame.f_trace_opcodes = True
+        code = code_of.setdefault(frame.f_code, frame.f_code.co_code)
+        before = "RESUME"
+
+        def trace_frame(frame, event, argument):
+            global passed
+            nonlocal before
+            if event == "opcode":
+                if before.startswith(("CALL", "RESUME", "JUMP_BACKWARD", "JUMP_ABSOLUTE")):
+                    passed += 1
+                    if passed == target:
+                        sys.settrace(None)
+                        raise Interrupt
+                before = dis.opname[code[frame.f_lasti]]
+            return trace_frame
+
+        return trace_frame
+
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 tells of bytecodes only if a frame asked before settrace
+    send, data = globals()[sys.argv[1]], [b"1", b"2", b"3", b"4", b"5"]
+    with create_batcher("repr", 4, 0.0, 0, batch_process_fn=echo, host="127.0.0.1") as batcher:
+        while True:
+            target, passed = target + 1, 0
+            client = MukoeBatcherClient(f"127.0.0.1:{batcher.port}", max_in_flight=2)
+            assert send(client, data) == answers(data)
+            sys.settrace(trace)
+            try:
+                send(client, data)
+                interrupted = False
+            except Interrupt:
+                interrupted = True
+            finally:
+                sys.settrace(None)
+            while client._exchanges.places._holders:  # until those that were sent have ended
+                pass
+            assert send(client, data) == answers(data)
+            client.close()
+            if not interrupted:
+                break
+    print(target > 50, target)
+"""
+
+
+@pytest.mark.parametrize("way", ["send_many", "submit"])
+def test_an_exception_of_a_signal_handler_at_any_moment_of_sending_takes_no_place_in_flight(
+    way: str, tmp_path: Path
+) -> None:
+    (line,) = run_program(tmp_path, INTERRUPTED_SENDER, way, environment={"GRPC_BATCHER_TRANSPORT": "direct"})
+    assert line.startswith("True "), line  # the number of moments tried
+
+
 SHUTDOWN_WHILE_COUNTING = """
     import os, signal, sys, threading
     from grpc_batcher import MukoeBatcherClient, RequestError, create_batcher

@@ -91,6 +91,17 @@ def test_no_other_file_uses_private_attributes_of_grpcios_objects(file: str) -> 
     assert owners <= {"self", "grpc._cython"}
 
 
+@pytest.mark.parametrize("file", ["direct_server.py", "direct_client.py", "direct_pooled.py"])
+def test_no_other_file_looks_into_what_grpcios_private_calls_return(file: str) -> None:
+    """Except for `operate` and `next_event` of the client's calls, as `grpcio_private.py` says."""
+    nodes = [node for node in ast.walk(tree_of(PACKAGE / "_transport" / file)) if isinstance(node, ast.Attribute)]
+    grpcios = {"batch_operations", "tag", "message", "segregated_call", "start_server_batch"}
+    assert {node.attr for node in nodes} & grpcios == set()
+    of_call = {node.attr for node in nodes if ast.unparse(node.value) == "self._call"}
+    ours = {"condition", "start", "finish", "forget"}  # a ServerCall's
+    assert of_call <= (ours if file == "direct_server.py" else {"operate", "next_event"})
+
+
 def test_every_part_is_known() -> None:
     parts = {part_of(file) for file in files()}
     assert parts == set(FORBIDDEN) | {"__init__", "__main__", "_version"}

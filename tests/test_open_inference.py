@@ -630,7 +630,7 @@ def test_an_input_without_a_datatype_is_refused_when_the_batcher_is_created() ->
 @pytest.mark.parametrize(
     ("options", "details"),
     [
-        ({"open_inference": True}, "open_inference is True, but its requests are arrays; give arrays, too"),
+        ({"open_inference": True}, "open_inference is True, which needs arrays="),
         ({"model_name": "m"}, "model_name is 'm', but only open_inference=True gives the model a name"),
         (
             {"model_name": "", "open_inference": True, "arrays": {"data": Array((), "uint8")}},

@@ -153,6 +153,7 @@ MISSING_ON_THE_SERVER = [
     ("grpc._server", "_stream_response_in_pool"),
 ]
 MISSING_IN_THE_CLIENT = [
+    ("cygrpc", "BatchOperationEvent.tag"),
     ("cygrpc", "Channel"),
     ("cygrpc", "Channel.segregated_call"),
     ("cygrpc", "IntegratedCall"),
@@ -167,6 +168,9 @@ MISSING_IN_THE_CLIENT = [
     ("cygrpc", "SendInitialMetadataOperation"),
     ("cygrpc", "ReceiveInitialMetadataOperation"),
     ("cygrpc", "ReceiveStatusOnClientOperation"),
+    ("cygrpc", "ReceiveStatusOnClientOperation.code"),
+    ("cygrpc", "ReceiveStatusOnClientOperation.details"),
+    ("cygrpc", "ReceiveStatusOnClientOperation.trailing_metadata"),
     ("cygrpc", "StatusCode"),
     ("cygrpc", "StatusCode.cancelled"),
     ("grpc._channel", "Channel"),
@@ -175,6 +179,9 @@ MISSING_IN_THE_CLIENT = [
 MISSING_ON_BOTH = [
     ("cygrpc", "SendMessageOperation"),
     ("cygrpc", "ReceiveMessageOperation"),
+    ("cygrpc", "ReceiveMessageOperation.message"),
+    ("cygrpc", "BatchOperationEvent"),
+    ("cygrpc", "BatchOperationEvent.batch_operations"),
 ]
 
 

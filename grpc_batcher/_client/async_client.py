@@ -15,6 +15,8 @@ import grpc
 
 from .._contract import DEFAULT_MAX_MESSAGE_BYTES
 from .client import MukoeBatcherClient, due_ns
+from .exchange import Exchange
+from .places import Wish
 
 
 class AsyncMukoeBatcherClient:
@@ -57,7 +59,10 @@ class AsyncMukoeBatcherClient:
 
     @property
     def transport(self) -> str:
-        """Which transport carries the requests: "direct", or "public" if only grpcio's public API is used."""
+        """Which transport carries the requests: "direct", or "public" if only grpcio's public API is used.
+
+        Before the first request this is "direct" even if something, such as OpenTelemetry, will wrap the channel.
+        """
         return self._client.transport
 
     async def send_request(
@@ -82,10 +87,15 @@ class AsyncMukoeBatcherClient:
         if mailbox is None:
             mailbox = self._mailboxes[loop] = _Mailbox()
         exchanges = client._exchanges
-        if not exchanges.places.take_free(1):
-            await self._take_place(loop, mailbox, timeout_s)
         future: asyncio.Future[bytes] = loop.create_future()
-        (exchange,) = exchanges.begin([(message, partial(mailbox.post, future))], limit_ns)
+        exchange = Exchange(exchanges, limit_ns, partial(mailbox.post, future), message)
+        try:
+            if not exchanges.places.take_free((exchange,)):
+                await self._take_place(exchange, loop, mailbox, timeout_s)
+            exchanges.begin((exchange,), limit_ns)
+        except BaseException:  # the task is cancelled, there is no place in time, or the client is closed
+            exchange.abandon()
+            raise
         try:
             reply = await future
         except asyncio.CancelledError:
@@ -112,19 +122,22 @@ class AsyncMukoeBatcherClient:
     def __repr__(self) -> str:
         return f"Async{self._client!r}"
 
-    async def _take_place(self, loop: asyncio.AbstractEventLoop, mailbox: _Mailbox, timeout_s: float | None) -> None:
+    async def _take_place(
+        self, exchange: Exchange, loop: asyncio.AbstractEventLoop, mailbox: _Mailbox, timeout_s: float | None
+    ) -> None:
         """Wait for a place. Raises RequestError after the time limit."""
         exchanges = self._client._exchanges
         given: asyncio.Future[bytes] = loop.create_future()
-        wish = exchanges.places.wish(partial(mailbox.post, given, b"", None))
+        wish = Wish(exchange, partial(mailbox.post, given, b"", None))
         try:
-            await asyncio.wait_for(given, timeout_s)
-        except BaseException as error:
-            if not exchanges.places.withdraw(wish):
-                exchanges.places.free()
-            if isinstance(error, asyncio.TimeoutError):
-                raise exchanges.no_place() from None
+            exchanges.places.ask(wish)
+            await asyncio.wait((given,), timeout=timeout_s)  # `wait_for` may lose a cancellation before Python 3.12
+            was_given = not exchanges.places.withdraw(wish)
+        except BaseException:  # such as the task's cancellation
+            exchanges.places.withdraw(wish)
             raise
+        if not was_given:
+            raise exchanges.no_place()
 
 
 class _Mailbox:

@@ -21,7 +21,7 @@ from .._contract import (
 from .._errors import RequestError
 from .array_payloads import ArrayPayloads
 from .connection import Connection, Route
-from .exchange import Exchanges, is_reporting
+from .exchange import Exchange, Exchanges, is_reporting
 from .in_flight import RequestFuture, send_all
 from .payloads import BytesPayloads
 from .places import PlacesInFlight
@@ -96,7 +96,10 @@ class MukoeBatcherClient:
 
     @property
     def transport(self) -> str:
-        """Which transport carries the requests: "direct", or "public" if only grpcio's public API is used."""
+        """Which transport carries the requests: "direct", or "public" if only grpcio's public API is used.
+
+        Before the first request this is "direct" even if something, such as OpenTelemetry, will wrap the channel.
+        """
         return self._pool.transport
 
     def send_request(
@@ -153,15 +156,21 @@ class MukoeBatcherClient:
         """
         message = self._encode(data, action, rows, arguments)
         limit_ns = due_ns(timeout_s)
+        exchanges = self._exchanges
         future = RequestFuture()
-        places = self._exchanges.places
-        if is_reporting():
-            places.take_regardless()
-        elif not places.take(limit_ns):
-            future.finish(self._exchanges.no_place())
-            return future
         # It keeps the client alive until the answer is there.
-        (future.exchange,) = self._exchanges.begin([(message, partial(self._resolve, future))], limit_ns)
+        exchange = Exchange(exchanges, limit_ns, partial(self._resolve, future), message)
+        future.exchange = exchange
+        try:
+            if is_reporting():
+                exchanges.places.take_regardless(exchange)
+            elif not exchanges.places.take(exchange, limit_ns):
+                exchange.end(None, exchanges.no_place())
+                return future
+            exchanges.begin((exchange,), limit_ns)
+        except BaseException:  # such as Ctrl-C, or the client is closed
+            exchange.abandon()
+            raise
         return future
 
     @overload

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -30,7 +31,7 @@ OnOutcome = Callable[[bytes | None, Exception | None], None]
 class _Here(threading.local):
     """What this thread does."""
 
-    is_reporting = False  # it tells a user's code of an outcome, and others' outcomes wait for that
+    is_reporting = False  # it is running a user's callback, and other outcomes wait
 
 
 _here = _Here()
@@ -69,36 +70,29 @@ class Exchanges:
                 return reply
             resends += 1
 
-    def begin(self, messages: Iterable[tuple[bytes, OnOutcome]], due_ns: int | None) -> list[Exchange]:
-        """Send messages, each with a place of its own, and call `OnOutcome` of each when it has ended.
+    def begin(self, exchanges: Sequence[Exchange], due_ns: int | None) -> None:
+        """Send messages that have places, and call `OnOutcome` of each when it has ended.
 
         That may be before this returns: if no server is known, it is every request's outcome.
 
-        Raises RuntimeError as the pool does. Then nothing was sent, and the places are free.
+        Raises RuntimeError as the pool does; then nothing was sent. After any exception, the caller has to abandon the
+        exchanges.
         """
-        exchanges = [Exchange(self, message, due_ns, on_outcome) for message, on_outcome in messages]
         try:
             loans = self.pool.borrow_pooled(len(exchanges), due_ns)
         except RequestError as error:  # no server is known
             for exchange in exchanges:
                 exchange.end(None, RequestError(error.code(), error.details()))
-            return exchanges
-        except BaseException:
-            for _ in exchanges:
-                self.places.free()
-            raise
+            return
         unstarted = list(zip(exchanges, loans, strict=True))[::-1]
         try:
             while unstarted:
                 unstarted[-1][0].start(unstarted[-1][1])
                 unstarted.pop()
         except BaseException:  # such as Ctrl-C
-            for exchange in exchanges:
-                exchange.cancel()
             for exchange, loan in unstarted:
-                exchange.abandon(loan)
+                exchange.stop(loan)
             raise
-        return exchanges
 
     def no_place(self) -> RequestError:
         """Return the error of a request that was not sent within its time limit."""
@@ -153,11 +147,14 @@ class Exchanges:
 
 
 class Exchange:
-    """One message on its way, which nobody's thread waits for. It has one of the client's places until it ends."""
+    """One message on its way, which nobody's thread waits for. It has one of the client's places until it ends.
 
-    def __init__(self, exchanges: Exchanges, message: bytes, due_ns: int | None, on_outcome: OnOutcome) -> None:
+    message: what is sent; it may be set later, but before it is sent.
+    """
+
+    def __init__(self, exchanges: Exchanges, due_ns: int | None, on_outcome: OnOutcome, message: bytes = b"") -> None:
+        self.message = message
         self._exchanges = exchanges
-        self._message = message
         self._due_ns = due_ns
         self._on_outcome = on_outcome
         self._resends = 0
@@ -172,17 +169,21 @@ class Exchange:
         self._was_started = True
         if self._is_cancelled:  # `cancel` may have come too early to see the stream
             self.cancel()
-        loan.stream.start(self._message, self._ended)
+        loan.stream.start(self.message, self._ended)
 
-    def abandon(self, loan: Loan) -> None:
-        """Forget a message that was interrupted while it was being sent on a stream, or before."""
+    def stop(self, loan: Loan) -> None:
+        """Discard the stream of a message that was interrupted while it was being sent, or before."""
         if self._was_started:
             try:
-                self._on.pop()
+                loan, _number = self._on.pop()
             except IndexError:  # it has ended
                 return
         self._exchanges.pool.discard(loan, server_lost=False)
-        self._exchanges.places.free()
+
+    def abandon(self) -> None:
+        """End a request that nobody waits for, at whatever point its sender was interrupted, and free its place."""
+        self.cancel()
+        self._exchanges.places.free(self)
 
     def cancel(self) -> None:
         """End the request as far as that is possible: its callback may be running. May be called again."""
@@ -193,7 +194,7 @@ class Exchange:
     def _ended(self, reply: bytes | None, error: Any) -> None:
         try:
             loan, _number = self._on.pop()
-        except IndexError:  # it was abandoned
+        except IndexError:  # it was stopped
             return
         outcome: Exception | None = None
         try:
@@ -215,22 +216,25 @@ class Exchange:
 
     def end(self, reply: bytes | None, outcome: Exception | None) -> None:
         """Free the place, and tell of the outcome."""
-        self._message = b""
+        self.message = b""
         # A future has its exchange. Were the exchange to keep the future, only the garbage collector could free both,
         # and the answer with them.
         on_outcome, self._on_outcome = self._on_outcome, _ignore
-        self._exchanges.places.free()
+        self._exchanges.places.free(self)
         was_reporting, _here.is_reporting = _here.is_reporting, True
         try:
             on_outcome(reply, outcome)
-        except Exception:
-            _logger.exception("a request's outcome could not be delivered")
+        except BaseException:  # a future's callback may raise SystemExit, and a log handler anything
+            if threading.current_thread() is threading.main_thread():
+                raise  # a signal handler's: callbacks of futures run on the client's own threads
+            with suppress(BaseException):
+                _logger.exception("a request's outcome could not be delivered")
         finally:
             _here.is_reporting = was_reporting
 
 
 def _ignore(_reply: bytes | None, _error: Exception | None) -> None:
-    """What an exchange that has ended tells of its outcome."""
+    """Replaces `on_outcome` once the exchange has ended."""
 
 
 def _taken_in(error: Any) -> str | None:

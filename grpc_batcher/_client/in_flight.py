@@ -11,7 +11,7 @@ from typing import Any
 from .exchange import Exchange, Exchanges
 
 
-class RequestFuture(Future[Any]):
+class RequestFuture(Future[tuple[dict[str, Any], int]]):
     """The outcome of a request. It is pending until then, so that `cancel` works all the time.
 
     exchange: the request on its way; None if it was never sent.
@@ -21,11 +21,11 @@ class RequestFuture(Future[Any]):
 
     def cancel(self) -> bool:
         """Withdraw the request; its callback may be running, and runs on. Returns False if the outcome is there."""
-        if not super().cancel():
-            return False
-        if self.exchange is not None:
-            self.exchange.cancel()
-        return True
+        try:
+            return super().cancel()
+        finally:  # its callbacks run in there, and may raise SystemExit
+            if self.exchange is not None and self.cancelled():
+                self.exchange.cancel()
 
     def finish(self, outcome: Any) -> None:
         """Set the result, or the exception if the outcome is one. Those who wait for a cancelled future learn of it."""
@@ -44,7 +44,7 @@ def send_all(
 
     messages: what returns each message, or raises the error that stands in its place.
 
-    Raises RuntimeError, after all have ended, if the client was closed before all were sent.
+    Raises RuntimeError if the client was closed before all were sent. Those that were sent are then cancelled.
     """
     ends: list[Any] = [None] * len(messages)
     pending = _Countdown(len(messages))
@@ -53,28 +53,29 @@ def send_all(
         ends[number] = error if reply is None else reply
         pending.count()
 
-    begun: list[Exchange] = []
+    places = exchanges.places
+    every = [Exchange(exchanges, due_ns, partial(end, number)) for number in range(len(messages))]
     try:
         first = 0
-        while first < len(messages):
-            count = exchanges.places.take_free(len(messages) - first) or int(exchanges.places.take(due_ns))
+        while first < len(every):
+            count = places.take_free(every[first : first + places.limit]) or int(places.take(every[first], due_ns))
             if count == 0:
-                end(first, None, exchanges.no_place())
+                every[first].end(None, exchanges.no_place())
                 first += 1
                 continue
             batch = []
             for number in range(first, first + count):
                 try:
-                    batch.append((messages[number](), partial(end, number)))
+                    every[number].message = messages[number]()
+                    batch.append(every[number])
                 except Exception as error:
-                    exchanges.places.free()
-                    end(number, None, error.with_traceback(None))
-            begun += exchanges.begin(batch, due_ns)
+                    every[number].end(None, error.with_traceback(None))
+            exchanges.begin(batch, due_ns)
             first += count
         pending.wait()
     except BaseException:  # such as Ctrl-C, or the client was closed
-        for exchange in begun:
-            exchange.cancel()
+        for exchange in every:
+            exchange.abandon()
         raise
     return ends
 

@@ -1,11 +1,15 @@
-"""How many requests of a client may be on their way at once, and who waits for a place."""
+"""How many requests of a client may be on their way at once, and who waits for a place.
+
+A signal handler may raise in the main thread at any moment. So places are kept by their holder, not counted: whoever is
+interrupted frees all places that it may have had, and finishes what others wait for.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .. import _process
 
@@ -13,12 +17,13 @@ from .. import _process
 class Wish:
     """Somebody's turn for a place.
 
-    give: called once when the place is given, on any thread.
+    holder: who is to have the place.
+    give: called when it is given, on any thread; perhaps twice.
     """
 
-    def __init__(self, give: Callable[[], None]) -> None:
+    def __init__(self, holder: object, give: Callable[[], None]) -> None:
+        self.holder = holder
         self.give = give
-        self.is_given = False
 
 
 class PlacesInFlight:
@@ -35,65 +40,72 @@ class PlacesInFlight:
     def forget_parent(self) -> None:
         self._lock = threading.RLock()  # a signal handler may send a request at any moment
         # These are guarded by it.
-        self._taken = 0
+        self._holders: set[object] = set()
         self._wishes: deque[Wish] = deque()
 
-    def take_free(self, most: int) -> int:
-        """Take up to `most` places that are free now, and return how many; 0 while others are waiting for one."""
+    def take_free(self, holders: Sequence[object]) -> int:
+        """Give places that are free now to the first of these. Returns how many; 0 while others wait for a place."""
         with self._lock:
-            count = 0 if self._wishes else max(0, min(most, self.limit - self._taken))
-            self._taken += count
+            count = 0 if self._wishes else max(0, min(len(holders), self.limit - len(self._holders)))
+            self._holders.update(holders[:count])
             return count
 
-    def take_regardless(self) -> None:
+    def take_regardless(self, holder: object) -> None:
         """Take a place even if none is free."""
         with self._lock:
-            self._taken += 1
+            self._holders.add(holder)
 
-    def take(self, due_ns: int | None) -> bool:
-        """Wait for a place. Returns whether there was one before a monotonic time; None for no limit."""
-        if self.take_free(1):
+    def take(self, holder: object, due_ns: int | None) -> bool:
+        """Wait for a place. Returns whether there was one before a monotonic time; None for no limit.
+
+        If this is interrupted, the caller has to free the place.
+        """
+        if self.take_free((holder,)):
             return True
         given = threading.Event()
-        wish = self.wish(given.set)
+        wish = Wish(holder, given.set)
         try:
+            self.ask(wish)
             given.wait(None if due_ns is None else max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
+            return not self.withdraw(wish)
         except BaseException:  # such as Ctrl-C
-            if not self.withdraw(wish):
-                self.free()
+            self.withdraw(wish)
             raise
-        return not self.withdraw(wish)
 
-    def wish(self, give: Callable[[], None]) -> Wish:
-        """Ask for a place; `give` is called once there is one, perhaps at once."""
-        wish = Wish(give)
+    def ask(self, wish: Wish) -> None:
+        """Ask for a place; it is given once there is one, perhaps at once."""
         with self._lock:
             self._wishes.append(wish)
         self._give()
-        return wish
 
     def withdraw(self, wish: Wish) -> bool:
         """Give up a wish. Returns False if the place has been given: then it is to be freed."""
         with self._lock:
-            if wish.is_given:
+            try:
+                self._wishes.remove(wish)
+            except ValueError:
                 return False
-            self._wishes.remove(wish)
             return True
 
-    def free(self) -> None:
-        """Give a place back."""
+    def free(self, holder: object) -> None:
+        """Give a place back, if this has one."""
         with self._lock:
-            self._taken -= 1
+            self._holders.discard(holder)
             is_wanted = bool(self._wishes)
         if is_wanted:
             self._give()
 
     def _give(self) -> None:
-        while True:
-            with self._lock:
-                if not self._wishes or self._taken >= self.limit:
-                    return
-                wish = self._wishes.popleft()
-                wish.is_given = True
-                self._taken += 1
-            wish.give()
+        with self._lock:
+            while self._wishes and len(self._holders) < self.limit:
+                wish = self._wishes[0]
+                try:
+                    self._hand_over(wish)
+                except BaseException:  # such as Ctrl-C; another thread may be waiting for this
+                    self._hand_over(wish)
+                    raise
+
+    def _hand_over(self, wish: Wish) -> None:
+        self._holders.add(wish.holder)
+        self.withdraw(wish)
+        wish.give()

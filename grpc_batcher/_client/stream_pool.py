@@ -30,7 +30,7 @@ MAX_RENEWAL_NS = 60 * 1_000_000_000
 
 _NEVER = 2**63 - 1
 
-# How long the interpreter's exit waits for pooled streams to end, in case that somebody's code never returns.
+# How long the interpreter's exit waits for pooled streams to end, in case a callback never returns.
 _EXIT_LIMIT_S = 5.0
 
 # What a forked child inherited of its parent's connections. Closing them would write to the parent's sockets.
@@ -56,6 +56,7 @@ class Loan:
     """A stream while a request has it.
 
     timed_out: its time limit passed, and the stream was cancelled for that reason.
+    is_cancelled: the request was cancelled, and the stream with it, even if the answer still came.
     requests: how many were sent on it, including this one.
     """
 
@@ -65,6 +66,7 @@ class Loan:
         self.link = link
         self.is_pooled = is_pooled
         self.timed_out = False
+        self.is_cancelled = False
         self.requests = 0
         self.renewal_ns = _NEVER  # when it is too old for another request
         self.due_ns = _NEVER  # when the request times out; for an idle stream, when to close it
@@ -88,7 +90,7 @@ class StreamPool:
         self._link: _Link | None = None
         self._idle: list[Loan] = []  # the most recently used last, and first to be lent
         self._idle_pooled: list[Loan] = []  # the same
-        self._pooled = 0  # open pooled streams, lent or idle, until they are over
+        self._pooled: set[Loan] = set()  # open pooled streams until they are over, lent or idle
         self._lent: set[Loan] = set()
         self._closed = False
         self._is_exiting = False
@@ -151,7 +153,7 @@ class StreamPool:
 
     def _lend(self, idle: list[Loan], due_ns: int | None, fresh: bool, dead: list[Loan]) -> Loan:
         if self._moves and self._link is not None and self._link.target != self._connection.target():
-            self._leave_link()
+            self._retire_link()
         loan = None
         while idle and loan is None and not fresh:
             dead.append(idle.pop())
@@ -160,7 +162,7 @@ class StreamPool:
             else:
                 self._note_end(dead[-1])
         if loan is None and self._link is not None and self._link.used_ns < time.monotonic_ns() - IDLE_NS:
-            self._leave_link()
+            self._retire_link()
         if loan is None:
             loan = self._open(is_pooled=idle is self._idle_pooled)
         if due_ns is not None and not self._can_keep_time():
@@ -183,9 +185,9 @@ class StreamPool:
     def _note_end(self, loan: Loan) -> None:
         """An idle stream has ended, or is too old."""
         if loan.link.is_current and not loan.stream.is_alive() and asks_to_reconnect(loan.stream.trailing_metadata()):
-            self._leave_link()
+            self._retire_link()
 
-    def _leave_link(self) -> None:
+    def _retire_link(self) -> None:
         """Have the next stream open a new channel. The old one closes with its last stream."""
         link, self._link = self._link, None
         if link is not None:
@@ -198,7 +200,7 @@ class StreamPool:
         with self._lock:
             self._lent.discard(loan)
             loan.link.used_ns = time.monotonic_ns()
-            keep = not self._closed and not loan.timed_out and self._is_welcome(loan)
+            keep = not (self._closed or loan.timed_out or loan.is_cancelled) and self._is_welcome(loan)
             if keep:
                 (self._idle_pooled if loan.is_pooled else self._idle).append(loan)
                 if self._timekeeper is not None or self._can_keep_time():
@@ -215,7 +217,7 @@ class StreamPool:
         with self._lock:
             self._lent.discard(loan)
             if server_lost and loan.link is self._link:
-                self._leave_link()
+                self._retire_link()
                 self._connection.note_lost(loan.link.target)
         self._drop(loan)
 
@@ -223,6 +225,7 @@ class StreamPool:
         """End a stream if it still has this request, by its number on the stream."""
         with self._lock:
             if loan in self._lent and loan.requests == number:
+                loan.is_cancelled = True
                 loan.stream.cancel()
 
     def close(self) -> None:
@@ -234,9 +237,9 @@ class StreamPool:
                 link.is_current = False
             unused = link is not None and link.streams == 0
             idle, self._idle, self._idle_pooled = [*self._idle, *self._idle_pooled], [], []
-            lent = tuple(self._lent)
+            streams = self._lent | self._pooled  # a signal handler may have raised before a pooled one was lent
             self._changed.notify_all()
-        for loan in lent:
+        for loan in streams:
             loan.stream.cancel()
         for loan in idle:
             self._drop(loan)  # the last stream of a link takes the channel along
@@ -246,7 +249,7 @@ class StreamPool:
     def wait_until_over(self, timeout_s: float | None = None) -> None:
         """Wait until no pooled stream is left, so that whoever sent on one has been told. Call `close` first."""
         with self._changed:
-            self._changed.wait_for(lambda: self._pooled == 0, timeout_s)
+            self._changed.wait_for(lambda: not self._pooled, timeout_s)
 
     def close_at_exit(self) -> None:
         """Close the connection, unless a thread waits for an answer: it may still come.
@@ -257,7 +260,7 @@ class StreamPool:
         """
         self._is_exiting = True
         with self._lock:
-            pooled = [*self._idle_pooled, *(loan for loan in self._lent if loan.is_pooled)]
+            pooled = tuple(self._pooled)
             is_awaited = any(not loan.is_pooled for loan in self._lent)
         if not is_awaited:
             self.close()
@@ -307,22 +310,23 @@ class StreamPool:
 
     def _open_pooled(self, loan: Loan, metadata: Metadata) -> None:
         try:
-            loan.stream = choice.open_pooled_stream(loan.link.channel, METHOD, metadata, partial(self._leave, loan))
+            on_over = partial(self._stream_over, loan)
+            loan.stream = choice.open_pooled_stream(loan.link.channel, METHOD, metadata, on_over)
         except RuntimeError:
             # No thread could be started. grpcio may think that the channel has one, so it is of no further use.
             self._link, loan.link.is_current = None, False
             raise
-        self._pooled += 1
+        self._pooled.add(loan)
 
     def _drop(self, loan: Loan) -> None:
         """End a stream that is neither lent nor idle."""
         try:
             loan.stream.close()
         finally:
-            if not loan.is_pooled:  # that leaves when it is over
-                self._leave(loan)
+            if not loan.is_pooled:  # that tells when it is over
+                self._stream_over(loan)
 
-    def _leave(self, loan: Loan) -> None:
+    def _stream_over(self, loan: Loan) -> None:
         """A stream is over. The last of a link takes the channel along."""
         with self._lock:
             if loan in self._idle_pooled:
@@ -337,7 +341,7 @@ class StreamPool:
                 with self._lock:
                     if loan in self._idle_pooled:
                         self._idle_pooled.remove(loan)
-                    self._pooled -= 1
+                    self._pooled.discard(loan)
                     self._changed.notify_all()
 
     # ---- time limits ----

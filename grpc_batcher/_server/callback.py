@@ -14,7 +14,7 @@ class Failed(NamedTuple):
 class Callback(Protocol):
     """The user's function, with what turns messages into its arguments and its results into replies.
 
-    encoding_ns: of the time that `outcomes_of` took last, what went into encoding answers.
+    encoding_ns: how much of the last `outcomes_of` call went into encoding answers.
     """
 
     encoding_ns: int

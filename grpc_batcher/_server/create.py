@@ -186,7 +186,7 @@ def _checked_sizes(batch_sizes: Iterable[int] | None, batch_size: int, *, has_ar
     if batch_sizes is None:
         return range(1, batch_size + 1)
     if not has_arrays:
-        raise ValueError(f"batch_sizes is {batch_sizes!r}, but without arrays nothing is padded; give arrays, too")
+        raise ValueError(f"batch_sizes is {batch_sizes!r}, which needs arrays=: without it nothing is padded")
     sizes = as_tuple("batch_sizes", batch_sizes)
     _check(
         "batch_sizes",
@@ -206,7 +206,7 @@ def _checked_inference(
             raise ValueError(f"model_name is {model_name!r}, but only open_inference=True gives the model a name")
         return None
     if declared is None:
-        raise ValueError("open_inference is True, but its requests are arrays; give arrays, too")
+        raise ValueError("open_inference is True, which needs arrays=")
     if model_name is None:
         return model
     _check("model_name", model_name, isinstance(model_name, str) and model_name != "", "a text that is not empty")

@@ -61,7 +61,7 @@ def check_available(host: str, port: int) -> None:
             )
     if is_unix_socket(host):
         if _is_served(host):
-            raise BindError(f"cannot listen on {address}: another server does", errno.EADDRINUSE)
+            raise BindError(f"cannot listen on {address}: another server is listening there", errno.EADDRINUSE)
         return
     errors = []
     try:

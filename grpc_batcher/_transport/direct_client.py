@@ -14,7 +14,17 @@ from typing import Any
 
 import grpc
 
-from .grpcio_private import cancel, is_mismatch, open_call, opening, send_and_receive
+from .grpcio_private import (
+    ReceivedStatus,
+    cancel,
+    is_mismatch,
+    message_of,
+    open_call,
+    opening,
+    send_and_receive,
+    status_of,
+    tag_of,
+)
 from .interface import Metadata
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -37,13 +47,10 @@ class CallEnd(grpc.RpcError):  # type: ignore[misc]
         self._end = code, details, trailing_metadata
 
     @classmethod
-    def of(cls, status: Any) -> CallEnd:
+    def of(cls, status: ReceivedStatus) -> CallEnd:
         """Return the end that a received status describes."""
-        return cls(
-            _STATUS_CODES.get(status.code(), grpc.StatusCode.UNKNOWN),
-            str(status.details()),
-            status.trailing_metadata(),
-        )
+        code = _STATUS_CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+        return cls(code, status.details, status.trailing_metadata)
 
     @classmethod
     def by_mismatch(cls, error: Exception) -> CallEnd:
@@ -71,7 +78,7 @@ class DirectClientStream:
         self, channel: grpc.Channel, method: str, metadata: Metadata, on_mismatch: Callable[[Exception], None]
     ) -> None:
         self._on_mismatch = on_mismatch
-        self._status: Any = None
+        self._status: ReceivedStatus | None = None
         self._used_ns = time.monotonic_ns()
         batches = tuple(zip(opening(metadata), (_STATUS, _OPENING, _OPENING), strict=True))
         # A True for each batch of operations whose event is outstanding. gRPC keeps the call until all events have
@@ -86,10 +93,10 @@ class DirectClientStream:
         """
         try:
             if self._operate(send_and_receive(message), _EXCHANGE):
-                reply = self._next_event(_EXCHANGE).batch_operations[1].message()
+                reply = message_of(self._next_event(_EXCHANGE))
                 if reply is not None:
                     self._used_ns = time.monotonic_ns()
-                    return reply  # type: ignore[no-any-return]
+                    return reply
             while self._status is None:
                 self._next_event(_STATUS)
             end = CallEnd.of(self._status)
@@ -119,7 +126,7 @@ class DirectClientStream:
 
     def trailing_metadata(self) -> Any:
         """The metadata that the server ended the stream with. Call this once `is_alive` says that it has ended."""
-        return None if self._status is None else self._status.trailing_metadata()
+        return None if self._status is None else self._status.trailing_metadata
 
     def cancel(self) -> None:
         """End the stream at once. May be called from any thread, and again."""
@@ -165,7 +172,8 @@ class DirectClientStream:
                     self._due.clear()
                 raise
             event = self._due[0]
-            if event.tag == _STATUS:
-                self._status = event.batch_operations[0]
-            if tag is None or event.tag == tag:
+            event_tag = tag_of(event)
+            if event_tag == _STATUS:
+                self._status = status_of(event)
+            if tag is None or event_tag == tag:
                 return event

@@ -9,13 +9,23 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import starmap
 from typing import Any
 
 import grpc
 
 from .direct_client import CallEnd
-from .grpcio_private import cancel, is_mismatch, open_pooled_call, opening, receives_status, send_and_receive
+from .grpcio_private import (
+    ReceivedStatus,
+    cancel,
+    is_mismatch,
+    message_of,
+    open_pooled_call,
+    opening,
+    send_and_receive,
+    status_of,
+)
 from .interface import Metadata, OnEnd
 
 _logger = logging.getLogger("grpc_batcher")
@@ -43,7 +53,7 @@ class DirectPooledStream:
         # All of these are guarded by it. `_exchanging` has a True while gRPC owes the event of an exchange.
         self._exchanging: list[Any] = []
         self._unopened = len(batches)
-        self._status: Any = None
+        self._status: ReceivedStatus | None = None
         self._on_end: OnEnd | None = None
         self._call = open_pooled_call(channel, method, batches, self._on_opened)
 
@@ -55,9 +65,9 @@ class DirectPooledStream:
             with self._lock:
                 # A signal handler may raise between any two bytecodes of the main thread, and none runs in between.
                 self._exchanging[:] = starmap(self._call.operate, ((operations, self._on_exchanged),))
-                is_ended = self._status is not None and not self._is_exchanging()
-            if is_ended:
-                self._report(None, self._end())
+                status = None if self._is_exchanging() else self._status
+            if status is not None:
+                self._report_end(status)
         except (AttributeError, TypeError) as error:
             if not is_mismatch(error):
                 raise
@@ -70,7 +80,7 @@ class DirectPooledStream:
 
     def trailing_metadata(self) -> Any:
         """The metadata that the server ended the stream with. Call this once `is_alive` says that it has ended."""
-        return None if self._status is None else self._status.trailing_metadata()
+        return None if self._status is None else self._status.trailing_metadata
 
     def cancel(self) -> None:
         """End the stream at once. May be called from any thread, and again."""
@@ -80,27 +90,22 @@ class DirectPooledStream:
         """Cancel the stream. It is over a moment later."""
         self.cancel()
 
-    def _end(self) -> CallEnd | None:
-        end = CallEnd.of(self._status)
-        return None if end.code() is grpc.StatusCode.OK else end
-
     # ---- on the channel's thread, which would not survive an exception ----
 
     def _on_opened(self, event: Any) -> bool:
         """One of the batches of operations that opened the stream is done."""
+        status = None
         try:
-            operation = event.batch_operations[0]
-            is_status = receives_status(operation)
+            status = status_of(event)
         except Exception as error:
             self._fail(error)
-            is_status = False
         with self._lock:
             self._unopened -= 1
-            if is_status:
-                self._status = operation
+            if status is not None:
+                self._status = status
             is_over, is_exchanging = self._is_over(), self._is_exchanging()
-        if is_status and not is_exchanging:
-            self._report_end()
+        if status is not None and not is_exchanging:
+            self._report_end(status)
         return self._finish(is_over)
 
     def _on_exchanged(self, event: Any) -> bool:
@@ -109,14 +114,14 @@ class DirectPooledStream:
             self._exchanging.clear()
             is_over = self._unopened == 0
         try:
-            reply = event.batch_operations[1].message()
+            reply = message_of(event)
         except Exception as error:
             self._fail(error)
         else:
             if reply is not None:
                 self._report(reply, None)
             elif self._status is not None:
-                self._report_end()
+                self._report_end(self._status)
             # Otherwise the status is still to come, and is reported then.
         return self._finish(is_over)
 
@@ -133,19 +138,16 @@ class DirectPooledStream:
         if on_end is not None:
             on_end(reply, error)
 
-    def _report_end(self) -> None:
-        try:
-            end = self._end()
-        except Exception as error:
-            self._fail(error)
-        else:
-            self._report(None, end)
+    def _report_end(self, status: ReceivedStatus) -> None:
+        end = CallEnd.of(status)
+        self._report(None, None if end.code() is grpc.StatusCode.OK else end)
 
     def _fail(self, error: Exception) -> None:
-        if isinstance(error, (AttributeError, TypeError)) and is_mismatch(error):
-            self._on_mismatch(error)
-        else:
-            _logger.error("a stream failed", exc_info=error)
+        with suppress(BaseException):  # a log handler may raise
+            if isinstance(error, (AttributeError, TypeError)) and is_mismatch(error):
+                self._on_mismatch(error)
+            else:
+                _logger.error("a stream failed", exc_info=error)
         self._report(None, CallEnd.by_mismatch(error))
 
     def _finish(self, is_over: bool) -> bool:
@@ -153,5 +155,6 @@ class DirectPooledStream:
             try:
                 self._on_over()
             except Exception:
-                _logger.exception("a stream did not close cleanly")
+                with suppress(BaseException):
+                    _logger.exception("a stream did not close cleanly")
         return is_over

@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 
 from . import public
-from .grpcio_private import UNFINISHED, ServerCall, receive, send_and_receive
+from .grpcio_private import UNFINISHED, ServerCall, message_of, receive, send_and_receive
 from .interface import ServerSession, StreamEnd
 
 _logger = logging.getLogger("grpc_batcher")
@@ -143,7 +143,7 @@ class DirectServerStream:
         try:
             try:
                 finished = self._call.finish()
-                message = event.batch_operations[-1].message()
+                message = message_of(event)
             except (AttributeError, TypeError) as error:
                 self._on_mismatch(error)
                 self._call.forget()

@@ -1,5 +1,7 @@
 """grpcio's private names that the direct transport uses: all of them, and only here.
 
+Elsewhere only the calls that this file opens are used: their `operate` and `next_event`.
+
 They are the same in grpcio 1.49.1, 1.62.3, 1.71.2 and 1.85.3. grpcio builds its own streams from each of them, so none
 is likely to change alone.
 
@@ -23,7 +25,10 @@ Client, from grpc._channel and grpc._cython.cygrpc:
     Channel._call_state: what that needs to know of its channel.
     PropagationConstants.GRPC_PROPAGATE_DEFAULTS, StatusCode.cancelled: constants of gRPC's C API.
 Both, from grpc._cython.cygrpc:
-    the operations that send and receive metadata, messages and the status.
+    the operations that send and receive metadata, messages and the status. One that received a message has it as
+        `message()`; one that received the status has `code()`, `details()` and `trailing_metadata()`.
+    BatchOperationEvent: what a tag is called with, and `next_event` returns. It has the operations that are done, as
+        `batch_operations`, and the `tag`.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -77,6 +82,7 @@ def missing_for_server() -> str | None:
     if absent := [name for name in _not_found if not name.startswith("grpc._channel.")]:
         return f"there is no {absent[0]}"
     try:
+        operator.attrgetter("BatchOperationEvent.batch_operations", "ReceiveMessageOperation.message")(cygrpc)
         cygrpc.ReceiveMessageOperation(_NO_FLAGS)
         cygrpc.SendMessageOperation(b"", _NO_FLAGS)
         _check_arguments("Call.start_server_batch", None, (), None)
@@ -103,6 +109,9 @@ def missing_for_client() -> str | None:
         return f"there is no {absent[0]}"
     try:
         operator.attrgetter("PropagationConstants.GRPC_PROPAGATE_DEFAULTS", "StatusCode.cancelled")(cygrpc)
+        operator.attrgetter("BatchOperationEvent.batch_operations", "BatchOperationEvent.tag")(cygrpc)
+        operator.attrgetter("ReceiveMessageOperation.message")(cygrpc)
+        operator.attrgetter("code", "details", "trailing_metadata")(cygrpc.ReceiveStatusOnClientOperation)
         cygrpc.SendInitialMetadataOperation((), _NO_FLAGS)
         cygrpc.ReceiveInitialMetadataOperation(_NO_FLAGS)
         cygrpc.SendMessageOperation(b"", _NO_FLAGS)
@@ -172,6 +181,32 @@ def send_and_receive(message: bytes) -> tuple[Any, ...]:
     return cygrpc.SendMessageOperation(message, _NO_FLAGS), cygrpc.ReceiveMessageOperation(_NO_FLAGS)
 
 
+class ReceivedStatus(NamedTuple):
+    """How a server ended a client's call. The code is its number."""
+
+    code: int
+    details: str
+    trailing_metadata: Any
+
+
+def message_of(event: Any) -> bytes | None:
+    """Return the message that the last of an event's operations received, or None if none came."""
+    return event.batch_operations[-1].message()  # type: ignore[no-any-return]
+
+
+def status_of(event: Any) -> ReceivedStatus | None:
+    """Return the status that an event's operation received, or None if it was not to receive one."""
+    operation = event.batch_operations[0]
+    if not isinstance(operation, cygrpc.ReceiveStatusOnClientOperation):
+        return None
+    return ReceivedStatus(operation.code(), str(operation.details()), operation.trailing_metadata())
+
+
+def tag_of(event: Any) -> Any:
+    """Return the tag with which an event's operations were started."""
+    return event.tag
+
+
 class ServerCall:
     """One call on the server, as grpcio keeps it."""
 
@@ -221,10 +256,6 @@ def opening(metadata: Sequence[tuple[str, Any]]) -> tuple[tuple[Any], ...]:
         (cygrpc.SendInitialMetadataOperation(metadata, _NO_FLAGS),),
         (cygrpc.ReceiveInitialMetadataOperation(_NO_FLAGS),),
     )
-
-
-def receives_status(operation: Any) -> bool:
-    return isinstance(operation, cygrpc.ReceiveStatusOnClientOperation)
 
 
 def cancel(call: Any) -> None:
