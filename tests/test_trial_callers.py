@@ -145,7 +145,7 @@ def test_requests_reach_the_callback_in_order_of_arrival_under_load(
 ) -> None:
     """A request accepted before another arrives never comes after it; those of one stream come one at a time.
 
-    The longest arrays have three rows where a batch has five, so a batch is often full although there is room for others.
+    The longest arrays have three rows and a batch five, so a batch is often full although there is room for others.
     """
     ticks = itertools.count()
     accepted: dict[str, tuple[int, int]] = {}
