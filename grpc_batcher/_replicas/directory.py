@@ -109,7 +109,7 @@ class Directory:
     async def hold(self) -> None:
         """Return after a while: a replica that waits for it notices when this actor dies.
 
-        Not never, or the calls of replicas that died would pile up.
+        If it never did, the calls of replicas that have died would pile up.
         """
         await self._recovered()
         await asyncio.sleep(_HOLD_S)
@@ -201,7 +201,8 @@ class Directory:
         )
         for replica, outcome in zip(serving, outcomes, strict=True):
             if isinstance(outcome, asyncio.TimeoutError):
-                _logger.warning("replica %d hangs; it gets the weights of step %d once it goes on", replica, step)
+                message = "replica %d has not taken the weights of step %d within %g s; it gets them once it goes on"
+                _logger.warning(message, replica, step, _PUBLISH_LIMIT_S)
             # A replica that dies meanwhile starts with these weights.
             elif isinstance(outcome, BaseException) and not isinstance(outcome, ray.exceptions.RayActorError):
                 raise outcome
