@@ -215,7 +215,7 @@ def test_what_create_batcher_is_given_precedes_what_the_callback_declares() -> N
         (
             {"batch_sizes": (8,), "arrays": None},
             ValueError,
-            "batch_sizes is (8,), but without arrays",
+            "batch_sizes is (8,), which needs arrays=",
         ),
         ({"warm_up": [b"x"]}, TypeError, "warm_up is [b'x']; with arrays it must be True or False"),
         ({"warm_up": 1}, TypeError, "warm_up is 1; with arrays it must be True or False"),
