@@ -15,7 +15,7 @@ from grpc_batcher import RequestError
 
 import grpc
 import pytest
-from accounting import LENGTH, WAYS, AsyncioClient, FuturesClient, Ledger, asking
+from accounting import LENGTH, AsyncioClient, FuturesClient, Ledger, asking
 from serving import address_of, eventually, in_background, serving
 
 # About twice as long as an answer takes, so some requests are cancelled on the way, some in the queue, some in the
@@ -58,9 +58,13 @@ class CancelledTasks:
             raise RequestError(grpc.StatusCode.CANCELLED, "the trial cancelled it") from None
 
 
-@pytest.mark.parametrize(("way", "cancelling"), [("futures", CancelledFutures), ("asyncio", CancelledTasks)])
+@pytest.mark.parametrize(
+    ("connect", "cancelling"),
+    [(FuturesClient, CancelledFutures), (AsyncioClient, CancelledTasks)],
+    ids=["futures", "asyncio"],
+)
 def test_requests_that_are_cancelled_at_any_moment_do_not_affect_others_of_their_client(
-    tmp_path: Path, way: str, cancelling: Any
+    tmp_path: Path, connect: Any, cancelling: Any
 ) -> None:
     ledger = Ledger(tmp_path / "ledger")
 
@@ -71,7 +75,7 @@ def test_requests_that_are_cancelled_at_any_moment_do_not_affect_others_of_their
 
     with (
         serving(ledger.callback, batch_timeout_s=0.002) as batcher,
-        WAYS[way](address_of(batcher)) as client,
+        connect(address_of(batcher)) as client,
         asking(ledger, "other", [client] * 4),
     ):
         for caller in [in_background(cancel_some, caller) for caller in range(4)]:
