@@ -383,7 +383,7 @@ def test_without_a_replica_requests_are_unavailable_and_closing_still_works() ->
     with launched(make_pid_batcher, 1) as replicas:
         clients = [replicas.client() for _ in range(2)]
         assert pid_of(clients[0])
-    assert not exists(replicas._actor_name)  # so closing clients does not call it
+    eventually(lambda: not exists(replicas._actor_name))  # so closing clients does not call it
     assert error_of(clients[0].send_request, b"x").code().name == "UNAVAILABLE"
     # It never asked before. The directory ends a moment after the replicas.
     eventually(lambda: "directory does not answer" in error_of(clients[1].send_request, b"x").details())
