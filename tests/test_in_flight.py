@@ -645,11 +645,10 @@ def test_requests_in_flight_go_to_all_servers_and_survive_the_end_of_one() -> No
         with MukoeBatcherClient(servers, options=options) as client:
 
             def steps() -> set[int]:
-                """Who answers. A public server cannot say what it took in of idle streams as it ends."""
+                """Who answers. A server that ends can say nothing of a stream that was just opening."""
                 ends = client.send_many([b"x"] * 20, return_exceptions=True)
                 errors = [end for end in ends if isinstance(end, RequestError)]
                 assert {error.code() for error in errors} <= {grpc.StatusCode.UNAVAILABLE}
-                assert not errors or first.transport == "public"
                 return {end[1] for end in ends if not isinstance(end, Exception)}
 
             eventually(lambda: steps() == {1, 2})
