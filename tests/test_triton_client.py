@@ -283,8 +283,6 @@ def test_what_is_not_there_says_so() -> None:
         for ask in (
             lambda: client.get_model_repository_index(),
             lambda: client.load_model("adder"),
-            lambda: client.get_inference_statistics(),
-            lambda: client.get_model_config("adder"),
             lambda: client.get_trace_settings(),
             lambda: client.register_system_shared_memory("region", "/region", 64),
         ):
