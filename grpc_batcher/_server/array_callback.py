@@ -89,6 +89,7 @@ class ArrayCallback:
         if not self._warms_up:
             return
         numpy = import_numpy()
+        request = self._zeros()
         for size in self._batch_sizes:
             begin_ns = time.monotonic_ns()
             arrays = {name: numpy.zeros((size, *array.shape), array.dtype) for name, array in self.declared.items()}
@@ -96,7 +97,7 @@ class ArrayCallback:
                 arrays[_ACTION] = numpy.zeros(size, numpy.int32)
             batch = Batch(arrays, size, size, self._published.version, failed_rows={})
             outputs, step = self._outputs(self._function(batch), batch)
-            self._encoded([self._zeros()], outputs, step)
+            self._encoded([request], outputs, step)
             _logger.info("warmed up with %d rows in %.3f s", size, (time.monotonic_ns() - begin_ns) / 1e9)
 
     def _zeros(self) -> _arrays.ArrayRequest:

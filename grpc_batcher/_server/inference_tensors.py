@@ -89,7 +89,7 @@ class Inputs:
 
     def read(self, reader: _arrays.RequestReader, request: ModelInferRequest) -> _arrays.ArrayRequest:
         """Return a request's rows. Raises BadRequestError, and ArrayError for a wrong number of rows or bytes."""
-        _check_parameters(request)
+        _check_what_is_asked_for(request)
         raw = request.raw_input_contents
         if raw and len(raw) != len(request.inputs):
             raise BadRequestError(f"the request has {len(request.inputs)} inputs, but {len(raw)} raw_input_contents")
@@ -154,7 +154,7 @@ def tensor_metadata(name: str, dtype: str, row_shape: Sequence[int]) -> ModelMet
     return ModelMetadataResponse.TensorMetadata(name=name, datatype=datatype_of(name, dtype), shape=(-1, *row_shape))
 
 
-def _check_parameters(request: ModelInferRequest) -> None:
+def _check_what_is_asked_for(request: ModelInferRequest) -> None:
     if "sequence_id" in request.parameters:
         raise BadRequestError(
             "the request asks for a sequence, but this server keeps nothing between requests (sequence_id)"
